@@ -1,0 +1,106 @@
+"""The registries that configs choose from.
+
+Each is a child of the mmengine registry of the same purpose, or a new one where mmengine has none.
+Building goes through :func:`build_from_config`, so that a misspelt name or an unknown argument is
+answered with the nearest match instead of a bare ``KeyError`` or ``TypeError``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mmengine import registry as mmengine_registry
+from mmengine.registry import Registry as MMEngineRegistry
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a hint that names the closest of ``known``, or all of them when none is close."""
+    names = sorted(set(known))
+    by_lower = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.5)
+    if close:
+        return f"did you mean '{by_lower[close[0]]}'? (known: {', '.join(names)})"
+    return f"known: {', '.join(names)}"
+
+
+def build_from_config(
+    cfg: Mapping[str, Any],
+    registry: Registry,
+    default_args: Mapping[str, Any] | None = None,
+) -> Any:
+    """Build an object from ``dict(type=..., **arguments)``.
+
+    Args:
+        cfg: A mapping with ``type``, a class or a registered name; it isn't changed.
+        registry: Where names are looked up.
+        default_args: Arguments used where ``cfg`` doesn't give them.
+
+    Raises:
+        TypeError: If ``cfg`` is no mapping.
+        ValueError: If ``type`` is missing or unknown, or an argument isn't the class's.
+    """
+    if not isinstance(cfg, Mapping):
+        raise TypeError(f"{registry.name}: expected a dict with 'type', got {type(cfg).__name__}")
+    arguments = {**(default_args or {}), **cfg}
+    kind = arguments.pop("type", None)
+    if kind is None:
+        raise ValueError(f"{registry.name}: 'type' is missing in {dict(cfg)}")
+    if isinstance(kind, str):
+        found = registry.get(kind)
+        if found is None:
+            raise ValueError(
+                f"'{kind}' is not a {registry.name}; {nearest(kind, registry.names())}"
+            )
+        kind = found
+    elif not callable(kind):
+        raise ValueError(f"{registry.name}: 'type' must be a class or a name, got {kind!r}")
+    _check_arguments(kind, arguments)
+    return kind(**arguments)
+
+
+def _check_arguments(kind: Any, arguments: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(kind).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in arguments:
+        if name not in parameters:
+            hint = nearest(name, parameters)
+            raise ValueError(f"'{kind.__name__}' takes no argument '{name}'; {hint}")
+
+
+class Registry(MMEngineRegistry):
+    """An mmengine registry whose ``build`` explains what is wrong with a config."""
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        super().__init__(name, build_func=build_from_config, scope="covft", **kwargs)
+
+    def names(self) -> list[str]:
+        """Return every name that can be built here, the parent registries' included."""
+        self.import_from_location()
+        known = set(self.module_dict)
+        parent = self.parent
+        while parent is not None:
+            known |= set(parent.module_dict)
+            parent = parent.parent
+        return sorted(known)
+
+
+MODELS = Registry("model", parent=mmengine_registry.MODELS, locations=["covft.models"])
+DATASETS = Registry("dataset", parent=mmengine_registry.DATASETS, locations=["covft.datasets"])
+SAMPLERS = Registry("sampler", parent=mmengine_registry.DATA_SAMPLERS, locations=["covft.datasets"])
+HOOKS = Registry("hook", parent=mmengine_registry.HOOKS, locations=["covft.engine"])
+LOOPS = Registry("loop", parent=mmengine_registry.LOOPS, locations=["covft.engine"])
+OPTIM_WRAPPERS = Registry(
+    "optim_wrapper", parent=mmengine_registry.OPTIM_WRAPPERS, locations=["covft.engine"]
+)
+
+VISION_BACKBONES = Registry("vision backbone", locations=["covft.models.vision"])
+PROJECTORS = Registry("projector", locations=["covft.models"])
+LLMS = Registry("LLM", locations=["covft.models"])
+TEXT_ENCODERS = Registry("text encoder", locations=["covft.models"])
+VFT = Registry("VFT method", locations=["covft.vft"])
+TEMPLATES = Registry("conversation template", locations=["covft.conversation"])
+BENCHMARKS = Registry("benchmark", locations=["covft.evaluation"])
