@@ -1,0 +1,23 @@
+"""Data: instruction conversations, images, batches, and the order in which steps see them."""
+
+from covft.datasets.annotations import read_annotations
+from covft.datasets.collate import Collator
+from covft.datasets.easy_vqa import EasyVQADataset
+from covft.datasets.instruct import InstructDataset
+from covft.datasets.sample import BadSample, Sample
+from covft.datasets.sampler import StepBatchSampler
+from covft.datasets.spec import InputSpec
+from covft.datasets.transforms import load_image, transform
+
+__all__ = [
+    "BadSample",
+    "Collator",
+    "EasyVQADataset",
+    "InputSpec",
+    "InstructDataset",
+    "Sample",
+    "StepBatchSampler",
+    "load_image",
+    "read_annotations",
+    "transform",
+]

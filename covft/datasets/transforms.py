@@ -1,0 +1,93 @@
+"""Images from files to the pixels that a vision encoder takes.
+
+PIL resizes, since its antialiased bicubic filter is what the public encoders were trained and are
+evaluated with; other libraries' differ by several grey levels.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from covft.models.vision.image_spec import ImageSpec, Resize
+
+RESIZES: tuple[str, ...] = get_args(Resize)
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Read an image file as RGB.
+
+    Raises:
+        ValueError: If the file is missing, truncated or no image; names the path.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"image not found: {path}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise ValueError(f"image can't be read: {path} ({error})") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image is too large: {path} ({error})") from error
+
+
+def transform(image: Image.Image, spec: ImageSpec, *, resize: str | None = None) -> Tensor:
+    """Make an image the square that an encoder takes.
+
+    Args:
+        image: RGB, of any size.
+        spec: The encoder's pixels.
+        resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
+
+    Returns:
+        Pixels, (3, S, S) uint8; the model normalises them.
+
+    Raises:
+        ValueError: If ``resize`` is unknown.
+    """
+    mode = spec.resize if resize is None else checked_resize(resize)
+    size = spec.image_size
+    if mode == "pad":
+        image = _padded(image, spec)
+    if mode == "crop":
+        image = _cropped(image, size)
+    else:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def checked_resize(resize: str) -> str:
+    """Return ``resize`` if it's known.
+
+    Raises:
+        ValueError: If it isn't.
+    """
+    if resize not in RESIZES:
+        raise ValueError(f"resize must be one of {', '.join(RESIZES)}, got {resize!r}")
+    return resize
+
+
+def _padded(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    width, height = image.size
+    side = max(width, height)
+    # Truncated, not rounded, as in LLaVA's public preprocessing.
+    red, green, blue = (int(value * 255) for value in spec.mean)
+    square = Image.new("RGB", (side, side), (red, green, blue))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _cropped(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    shorter = min(width, height)
+    # Integer arithmetic on the longer side, as transformers' CLIPImageProcessor has it.
+    width, height = int(size * width / shorter), int(size * height / shorter)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.crop((left, top, left + size, top + size))

@@ -1,0 +1,32 @@
+"""Training: runner, loop, checkpoints, hooks, optimizer, schedule."""
+
+from covft.engine.checkpoint_hook import CheckpointHook
+from covft.engine.data import build_dataloader
+from covft.engine.loop import TrainLoop
+from covft.engine.optimizer import AutocastOptimWrapper, build_optim_wrapper
+from covft.engine.progress_hook import ProgressHook
+from covft.engine.runner import Runner
+from covft.engine.sample_hooks import BadSampleHook, SampleLogHook
+from covft.engine.scalars_hook import ScalarsHook
+from covft.engine.schedule import CosineWarmup
+from covft.engine.strategy import DDPStrategy, SingleDeviceStrategy, setup_distributed
+from covft.engine.trainable import load_weights, save_weights
+
+__all__ = [
+    "AutocastOptimWrapper",
+    "BadSampleHook",
+    "CheckpointHook",
+    "CosineWarmup",
+    "DDPStrategy",
+    "ProgressHook",
+    "Runner",
+    "SampleLogHook",
+    "ScalarsHook",
+    "SingleDeviceStrategy",
+    "TrainLoop",
+    "build_dataloader",
+    "build_optim_wrapper",
+    "load_weights",
+    "save_weights",
+    "setup_distributed",
+]

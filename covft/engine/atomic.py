@@ -1,0 +1,60 @@
+"""Files that are either wholly there or not there at all, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+#: Ending of files that are still being written; readers never look at them.
+PARTIAL = ".partial"
+
+
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that a kill at any moment leaves the old content or the new one.
+
+    The content goes to a temporary name in the same folder, is flushed to the disk and then takes
+    the place of ``path``; the folder is flushed too, so that the order of two such writes survives
+    a power cut.
+
+    Args:
+        path: The file to replace.
+        write: Called with the temporary path; has to create that file.
+
+    Raises:
+        OSError: If the disk is full or the folder isn't writable; the old file is still there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        write(partial)
+        _flush_to_disk(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _flush_to_disk(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file through :func:`atomic_write`."""
+    atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def remove_partial_files(folder: Path) -> list[Path]:
+    """Remove what killed writers left in ``folder``; the caller owns it alone by now."""
+    leftovers = sorted(folder.glob(f".*{PARTIAL}"))
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
+    return leftovers
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some network file systems can't flush a folder; the rename itself is atomic there too.
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,194 @@
+"""The optimizer: a learning rate per module, precision, clipping."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine import registry as mmengine_registry
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+
+from covft.engine.trainable import unwrapped
+from covft.registry import OPTIM_WRAPPERS, Registry, nearest
+
+OPTIMIZERS = Registry(
+    "optimizer", parent=mmengine_registry.OPTIMIZERS, locations=["covft.engine.optimizer"]
+)
+PRECISIONS = ("auto", "bf16", "fp32")
+#: Devices for which torch has fused optimizer kernels that are tested here.
+_FUSED_DEVICES = ("cpu", "cuda")
+_BASE, _NO_DECAY = "base", ".no_decay"
+
+
+@OPTIM_WRAPPERS.register_module()
+class AutocastOptimWrapper(OptimWrapper):
+    """An optimizer with bf16 autocast on any device and clipping of the global gradient norm.
+
+    Args:
+        optimizer: The optimizer.
+        precision: "bf16" or "fp32" for the forward; "auto" takes bf16 where it is native.
+        clip_grad: ``dict(max_norm=...)``, or None to leave gradients alone.
+
+    Raises:
+        ValueError: If the precision is unknown or ``clip_grad`` has other keys.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        precision: str = "auto",
+        clip_grad: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(optimizer)
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"optim_wrapper.precision '{precision}' is unknown; {nearest(precision, PRECISIONS)}"
+            )
+        if clip_grad is not None and set(clip_grad) != {"max_norm"}:
+            raise ValueError(
+                f"optim_wrapper.clip_grad must be dict(max_norm=...), got {dict(clip_grad)}"
+            )
+        self.max_norm = clip_grad["max_norm"] if clip_grad else None
+        self.device_type = self._parameters()[0].device.type
+        if precision == "auto":
+            precision = "bf16" if has_native_bf16(self.device_type) else "fp32"
+        self.precision = precision
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Autocast the forward of ``model``; synchronising gradients is the loop's affair."""
+        enabled = self.precision == "bf16"
+        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=enabled):
+            yield
+
+    def clip_gradients(self) -> Tensor:
+        """Scale the gradients to at most ``max_norm``; return their norm before, a scalar."""
+        parameters = [p for p in self._parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.max_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+        return norm
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rate now of each named group."""
+        return {
+            group["name"].removesuffix(_NO_DECAY): group["lr"]
+            for group in self.optimizer.param_groups
+        }
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def has_native_bf16(device_type: str) -> bool:
+    """Tell whether bf16 is faster than fp32 on the device.
+
+    On CPUs without AVX512-BF16 or AMX it is emulated: bf16 matrix products then take about eight
+    times as long as fp32's.
+    """
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device_type == "cpu":
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    return False
+
+
+def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> AutocastOptimWrapper:
+    """Build the optimizer over the trainable parameters of ``model``.
+
+    Args:
+        model: The model, on its device, frozen where it is to be.
+        cfg: ``optimizer`` (``dict(type="AdamW", lr=..., weight_decay=...)``), ``lr`` (a learning
+            rate per prefix of parameter names, the longest prefix wins), and the arguments of
+            :class:`AutocastOptimWrapper`.
+
+    Raises:
+        ValueError: If nothing is trainable, or a prefix matches no trainable parameter.
+    """
+    arguments = dict(cfg)
+    optimizer_cfg = dict(arguments.pop("optimizer", None) or {})
+    if "type" not in optimizer_cfg or "lr" not in optimizer_cfg:
+        raise ValueError(
+            "optim_wrapper.optimizer must be dict(type=..., lr=...), got "
+            f"{optimizer_cfg or 'nothing'}"
+        )
+    groups = parameter_groups(
+        model,
+        lr=optimizer_cfg["lr"],
+        prefix_lr=arguments.pop("lr", None) or {},
+        weight_decay=optimizer_cfg.get("weight_decay", 0.0),
+    )
+    kind = optimizer_cfg["type"]
+    kind = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+    device_type = groups[0]["params"][0][1].device.type
+    if kind is not None and "fused" in inspect.signature(kind).parameters:
+        optimizer_cfg.setdefault("fused", device_type in _FUSED_DEVICES)
+    optimizer = OPTIMIZERS.build({**optimizer_cfg, "params": groups})
+    arguments.setdefault("type", AutocastOptimWrapper)
+    return OPTIM_WRAPPERS.build({**arguments, "optimizer": optimizer})
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, prefix_lr: Mapping[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Sort the trainable parameters into named groups, in the order of the model's parameters.
+
+    Args:
+        model: The model.
+        lr: Learning rate where no prefix matches.
+        prefix_lr: Learning rate per prefix, such as ``projector`` or ``vision.backbone.blocks.3``.
+        weight_decay: Decay of matrices; norms and biases (one-dimensional) get none.
+
+    Returns:
+        Groups with ``name``, ``lr``, ``weight_decay`` and ``params``, pairs of name and parameter.
+
+    Raises:
+        ValueError: If nothing is trainable, or a prefix matches no trainable parameter.
+    """
+    named = [(n, p) for n, p in unwrapped(model).named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("the model has no trainable parameter; check its vft and freeze settings")
+    _check_prefixes(prefix_lr, unwrapped(model))
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in named:
+        prefix = max((p for p in prefix_lr if _has_prefix(name, p)), key=len, default=None)
+        decays = weight_decay > 0 and parameter.ndim > 1
+        group_name = (prefix or _BASE) + ("" if decays or weight_decay == 0 else _NO_DECAY)
+        group = groups.setdefault(
+            group_name,
+            {
+                "name": group_name,
+                "lr": lr if prefix is None else prefix_lr[prefix],
+                "weight_decay": weight_decay if decays else 0.0,
+                "params": [],
+            },
+        )
+        group["params"].append((name, parameter))
+    return list(groups.values())
+
+
+def _has_prefix(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _check_prefixes(prefix_lr: Mapping[str, float], model: nn.Module) -> None:
+    names = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for prefix in prefix_lr:
+        if any(trainable and _has_prefix(name, prefix) for name, trainable in names.items()):
+            continue
+        if any(_has_prefix(name, prefix) for name in names):
+            raise ValueError(
+                f"optim_wrapper.lr: every parameter under '{prefix}' is frozen, so its learning "
+                "rate would be ignored; remove it, or train that part"
+            )
+        depth = prefix.count(".") + 1
+        known = {".".join(n.split(".")[:depth]) for n, trainable in names.items() if trainable}
+        raise ValueError(
+            f"optim_wrapper.lr: no parameter's name starts with '{prefix}'; {nearest(prefix, known)}"
+        )

@@ -1,0 +1,146 @@
+"""The part of a model that training changes: its state dict, and files of weights.
+
+Frozen parameters are left out: they come from their pretrained source again.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from covft.engine.atomic import atomic_write
+
+WEIGHTS_NAME = "weights.safetensors"
+#: How many names of each kind an error lists.
+_SHOWN = 10
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside ``DistributedDataParallel``, or the model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return what training can change: trainable parameters and persistent buffers.
+
+    The tensors are the model's own, not copies. Extra entries that quantised layers add beside
+    their frozen weights are left out like the weights.
+    """
+    model = unwrapped(model)
+    wanted = {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad
+    }
+    wanted |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return {name: value for name, value in model.state_dict().items() if name in wanted}
+
+
+def save_weights(model: nn.Module, path: Path, *, metadata: Mapping[str, str]) -> None:
+    """Write the trainable part of ``model`` as a safetensors file, atomically.
+
+    Args:
+        model: The model; its trainable parameters and buffers are written.
+        path: The file.
+        metadata: Texts to put in the file's header.
+    """
+    # safetensors refuses tensors that share memory, as tied weights do.
+    tensors = {
+        name: value.detach().to("cpu", copy=True).contiguous()
+        for name, value in trainable_state_dict(model).items()
+    }
+    header = {"format": "pt", **metadata}
+    atomic_write(path, lambda partial: save_file(tensors, partial, metadata=header))
+
+
+def load_weights(model: nn.Module, path: str | Path) -> list[str]:
+    """Load a file of weights into a model that holds at least these parameters.
+
+    This is how a stage starts from the one before. What the file doesn't hold keeps its value; it
+    was frozen when the file was written, and comes from its pretrained source.
+
+    Args:
+        model: The model to change in place.
+        path: A safetensors file, a checkpoint, or the folder of a finished run.
+
+    Returns:
+        The names that were loaded.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or the folder holds no finished run.
+        ValueError: If the file holds a name that the model doesn't, or another shape.
+    """
+    file = _weights_file(Path(path))
+    if file.suffix == ".safetensors":
+        loaded = load_file(file)
+    else:
+        loaded = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    own = unwrapped(model).state_dict()
+    check_same_parameters(
+        {name: value.shape for name, value in loaded.items()},
+        {name: value.shape for name, value in own.items() if name in loaded},
+        source=str(file),
+    )
+    copy_into(own, loaded)
+    return sorted(loaded)
+
+
+def copy_into(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    """Copy ``loaded`` into the tensors of the same names in a model's state dict."""
+    with torch.no_grad():
+        for name, value in loaded.items():
+            own[name].copy_(value)
+
+
+def check_same_parameters(
+    found: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], *, source: str
+) -> None:
+    """Compare names and shapes in a file with the model's.
+
+    Raises:
+        ValueError: If they differ; it lists what is missing in the file, what the model doesn't
+            have, and what has another shape.
+    """
+    shapes = [
+        f"{name}: {tuple(found[name])} in the file, {tuple(shape)} in the model"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    problems = [
+        *_listing("missing in the file", expected.keys() - found.keys()),
+        *_listing("not in the model", found.keys() - expected.keys()),
+        *_listing("of another shape", shapes),
+    ]
+    if problems:
+        raise ValueError(
+            f"{source} doesn't fit the model:\n" + "\n".join(problems) + "\nCheck that the config's "
+            "'model' (architecture, VFT method, what is frozen) is the one the file was trained with."
+        )
+
+
+def _listing(title: str, names: Iterable[str]) -> list[str]:
+    names = sorted(names)
+    if not names:
+        return []
+    rest = [f"  ... and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return [f"{len(names)} {title}:", *(f"  {name}" for name in names[:_SHOWN]), *rest]
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_dir():
+        path = path / WEIGHTS_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} doesn't exist: the run isn't finished. Name one of its checkpoints "
+                "(iter_*.pth) to start from it anyway."
+            )
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at '{path}'")
+    if path.suffix != ".safetensors" and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is neither a safetensors file nor a checkpoint of this project")
+    return path

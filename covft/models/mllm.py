@@ -1,0 +1,236 @@
+"""The multimodal LLM: vision tower, projector and LLM, with context for the tower.
+
+Shape legend: B samples, T positions, I images, N visual features and M visual tokens of an image,
+D vision width, H LLM width, L context tokens, C context width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from covft.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from covft.models.llm import CausalLM
+from covft.models.projectors import Projector
+from covft.models.text_encoder import Context, TextEncoder
+from covft.models.vision.tower import VisionTower
+from covft.registry import LLMS, MODELS, PROJECTORS, TEXT_ENCODERS, VFT
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of a micro-batch as a sum, so that the caller normalises over the global batch.
+
+    Attributes:
+        loss_sum: Cross-entropy summed over the supervised positions, a scalar in nats.
+        num_tokens: Number of supervised positions.
+    """
+
+    loss_sum: Tensor
+    num_tokens: int
+
+
+@MODELS.register_module()
+class MLLM(nn.Module):
+    """A LLaVA-style model: images become tokens among the LLM's embeddings.
+
+    Args:
+        vision: ``backbone`` (a vision backbone's config), ``vft`` (a method's) and ``select_layer``.
+        projector: A projector's config; widths and token count are derived.
+        llm: An LLM's config.
+        text_encoder: The context encoder's config; built only if the VFT method reads context.
+        template: Conversation template; by default the LLM's.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision: Mapping[str, Any],
+        projector: Mapping[str, Any],
+        llm: Mapping[str, Any],
+        text_encoder: Mapping[str, Any] | None = None,
+        template: str | None = None,
+    ) -> None:
+        super().__init__()
+        method = VFT.build(vision.get("vft", {"type": "Freeze"}))
+        self.text_encoder: TextEncoder | None = None
+        if method.needs_context:
+            if text_encoder is None:
+                raise ValueError(
+                    f"{type(method).__name__} reads the instruction; add model.text_encoder"
+                )
+            self.text_encoder = TEXT_ENCODERS.build(text_encoder)
+        context_dim = self.text_encoder.hidden_dim if self.text_encoder else None
+        self.vision = VisionTower(**{**vision, "vft": method}, context_dim=context_dim)
+        self.llm: CausalLM = LLMS.build(llm)
+        dims = {
+            "in_dim": self.vision.hidden_dim,
+            "out_dim": self.llm.hidden_dim,
+            "num_tokens": self.vision.num_tokens,
+        }
+        self.projector: Projector = PROJECTORS.build({**projector, **dims})
+        self.template = template or self.llm.template
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Number M of tokens that stand for one image in ``input_ids``."""
+        return self.projector.num_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM's parameters are."""
+        return next(self.llm.parameters()).device
+
+    def train(self, mode: bool = True) -> MLLM:
+        """Set training mode, but leave frozen parts in eval mode."""
+        super().train(mode)
+        if not any(parameter.requires_grad for parameter in self.llm.parameters()):
+            self.llm.eval()
+        return self
+
+    def forward(
+        self,
+        *,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor,
+        image_to_sample: Tensor,
+        context_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        sample_ids: Sequence[str] = (),
+    ) -> LossOutput:
+        """Return the loss of a right-padded batch.
+
+        Args:
+            input_ids: Token ids with :data:`IMAGE_TOKEN_ID` at visual tokens, (B, T).
+            labels: Token ids at supervised positions, ``IGNORE_INDEX`` elsewhere, (B, T).
+            attention_mask: True at real positions, (B, T).
+            pixel_values: All images of the batch, uint8, (I, 3, S, S).
+            image_to_sample: The sample each image belongs to, ascending, (I,).
+            context_ids: Text encoder's ids of each sample's instruction, (B, L).
+            context_mask: True at real context tokens, (B, L).
+            sample_ids: Names of the samples, for error messages.
+
+        Raises:
+            ValueError: If images and placeholders of a sample don't agree in number.
+        """
+        embeds = self.embeddings(
+            input_ids, pixel_values, image_to_sample, context_ids, context_mask, sample_ids
+        )
+        states = self.llm.hidden_states(embeds, attention_mask)
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE_INDEX
+        logits = self.llm.logits(states[:, :-1][supervised])
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        loss = F.cross_entropy(logits, targets[supervised], reduction="sum")
+        return LossOutput(loss, int(supervised.sum()))
+
+    def embeddings(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        image_to_sample: Tensor,
+        context_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        sample_ids: Sequence[str] = (),
+    ) -> Tensor:
+        """Return the LLM's inputs, text and visual tokens merged, (B, T, H); arguments as forward's."""
+        self._check_counts(input_ids, image_to_sample, sample_ids)
+        tokens = self.visual_tokens(pixel_values, image_to_sample, context_ids, context_mask)
+        is_image = input_ids == IMAGE_TOKEN_ID
+        embeds = self.llm.embed(input_ids.masked_fill(is_image, 0))
+        return embeds.masked_scatter(is_image.unsqueeze(-1), tokens.to(embeds.dtype))
+
+    def visual_tokens(
+        self,
+        pixel_values: Tensor,
+        image_to_sample: Tensor,
+        context_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the projected tokens of all images, (I, M, H); arguments as forward's."""
+        context: Context | None = None
+        if self.text_encoder is not None:
+            if context_ids is None or context_mask is None:
+                raise ValueError(
+                    f"{type(self.vision.vft).__name__} reads the instruction, but the batch holds "
+                    "no context_ids; collate it with the InputSpec of this model"
+                )
+            context = self.text_encoder(context_ids, context_mask).rows(image_to_sample)
+        return self.projector(self.vision(pixel_values, context))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        *,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        pixel_values: Tensor,
+        image_to_sample: Tensor,
+        context_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        sample_ids: Sequence[str] = (),
+        **generation: Any,
+    ) -> list[list[int]]:
+        """Continue right-padded prompts; tower and text encoder run once.
+
+        Args:
+            input_ids: See :meth:`forward`; likewise the arguments up to ``sample_ids``.
+            attention_mask: See :meth:`forward`.
+            pixel_values: See :meth:`forward`.
+            image_to_sample: See :meth:`forward`.
+            context_ids: See :meth:`forward`.
+            context_mask: See :meth:`forward`.
+            sample_ids: See :meth:`forward`.
+            generation: Passed on to transformers' ``generate``; greedy unless told otherwise.
+
+        Returns:
+            The new token ids of each prompt, the stop token and what follows it left out.
+        """
+        embeds = self.embeddings(
+            input_ids, pixel_values, image_to_sample, context_ids, context_mask, sample_ids
+        )
+        # Prompts are moved to the right edge, so that all of them are continued at one position.
+        order = attention_mask.long().argsort(dim=1, stable=True)
+        embeds = embeds.gather(1, order.unsqueeze(-1).expand_as(embeds))
+        stops = generation.pop("eos_token_id", None)
+        stops = [stops] if isinstance(stops, int) else list(stops or [])
+        options = {"do_sample": False, "num_beams": 1, **generation}
+        new_ids = self.llm.model.generate(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask.gather(1, order).long(),
+            eos_token_id=stops or None,
+            pad_token_id=stops[0] if stops else 0,
+            **options,
+        )
+        return [_until_stop(row, stops) for row in new_ids.tolist()]
+
+    def _check_counts(
+        self, input_ids: Tensor, image_to_sample: Tensor, sample_ids: Sequence[str]
+    ) -> None:
+        per_image = self.num_image_tokens
+        found = (input_ids == IMAGE_TOKEN_ID).sum(1)
+        images = torch.bincount(image_to_sample, minlength=len(input_ids))
+        wrong = (found != images * per_image).nonzero().flatten().tolist()
+        if wrong:
+            row = wrong[0]
+            name = f"sample '{sample_ids[row]}'" if len(sample_ids) > row else f"sample {row}"
+            raise ValueError(
+                f"{name} has {int(images[row])} images but {int(found[row])} placeholders "
+                f"(expected {int(images[row])} x {per_image}); check that the dataset was built "
+                "with this model's InputSpec"
+            )
+
+
+def _until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in stops:
+            return ids[:position]
+    return ids
