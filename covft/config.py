@@ -24,6 +24,8 @@ from mmengine.config import Config, ConfigDict
 
 from covft.registry import nearest
 
+#: Where a run keeps its config.
+CONFIG_NAME = "config.py"
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
 
 #: What a stage reads. Anything else in a config would be ignored, so it is an error.
@@ -114,9 +116,10 @@ def save_config(cfg: Config, path: Path) -> None:
 def _from_file(path: Path) -> Config:
     _repair_mmengine()
     cfg = Config.fromfile(path)
-    unused = [key for key in cfg if key in PART_NAMES or key.startswith("_")]
-    for key in unused:
-        cfg.pop(key)
+    imported = cfg._imported_names
+    for key in list(cfg._cfg_dict):
+        if key in PART_NAMES or key in imported or key.startswith("_"):
+            cfg._cfg_dict.pop(key)
     return cfg
 
 

@@ -4,6 +4,7 @@ from tokenizers_for_tests import (
     byte_level_tokenizer,
     llama_tokenizer,
     phi3_tokenizer,
+    qwen_tokenizer,
 )
 
 from covft.conversation import (
@@ -26,6 +27,8 @@ CASES = {
     "v1": ("v1", llama_tokenizer, " ", "</s>"),
     "phi3-chat": ("phi3-chat", phi3_tokenizer, "", "<|end|>"),
     "chatml": ("chatml", byte_level_tokenizer, "", "<|im_end|>"),
+    "chatml-qwen": ("chatml", qwen_tokenizer, "", "<|im_end|>"),
+    "qa-qwen": ("qa", qwen_tokenizer, " ", "<|im_end|>"),
     "qa-byte-level": ("qa", byte_level_tokenizer, " ", "<|im_end|>"),
     "qa-llama": ("qa", llama_tokenizer, " ", "</s>"),
 }
@@ -35,6 +38,7 @@ DIALOGUES = {
     "chinese": ["图中有什么？", "一个蓝色的圆形。", "还有呢？", "没有了"],
     "emoji": ["is it 🙂?", "yes 👍🏽", "sure?", "🎉🎉 é"],
     "empty answers": ["what?", "", "and now?", "blue", "then?", ""],
+    "spaces around": [" a \n", "\n b ", "x \n", " \n c", "d? \n", " e\n\n"],
     "lines, digits": ["count\nthem:\n- 1\n- 2", "1\n2\n\n  33", "again", "a  b\t c"],
 }
 
@@ -62,6 +66,8 @@ def test_answers_and_their_terminators_are_supervised_and_nothing_else(case, tex
     )
     spans = decoded_spans(encoded.input_ids, encoded.labels, tokenizer=tokenizer)
     supervised = [span.text for span in spans if span.supervised]
+    if template.strip:
+        texts = [text.strip() for text in texts]
     expected = [(lead if answer else "") + answer + end for answer in texts[1::2]]
     # The sentencepiece decoder shows the space that its kind puts before each text.
     assert [text.lstrip(" ") for text in supervised] == [text.lstrip(" ") for text in expected]
@@ -76,7 +82,7 @@ def test_answers_and_their_terminators_are_supervised_and_nothing_else(case, tex
 def test_every_prompt_is_a_prefix_and_supervision_starts_right_behind_it(case, texts, image):
     template, tokenizer, *_ = case
     turns = turns_of(texts, image)
-    arguments = dict(template=template, tokenizer=tokenizer, num_image_tokens=3)
+    arguments = {"template": template, "tokenizer": tokenizer, "num_image_tokens": 3}
     encoded = encode(turns, **arguments)
     ids, labels = encoded.input_ids.tolist(), encoded.labels.tolist()
     starts = [
@@ -85,9 +91,7 @@ def test_every_prompt_is_a_prefix_and_supervision_starts_right_behind_it(case, t
         if labels[i] != IGNORE_INDEX
         and (labels[i - 1] == IGNORE_INDEX or ids[i - 1] in template.stop_token_ids(tokenizer))
     ]
-    prompts = [
-        encode_prompt(turns[: n + 1], **arguments).tolist() for n in range(0, len(turns), 2)
-    ]
+    prompts = [encode_prompt(turns[: n + 1], **arguments).tolist() for n in range(0, len(turns), 2)]
     assert [len(prompt) for prompt in prompts] == starts
     for prompt in prompts:
         assert ids[: len(prompt)] == prompt
@@ -97,7 +101,7 @@ def test_every_prompt_is_a_prefix_and_supervision_starts_right_behind_it(case, t
 @pytest.mark.parametrize("caption", ["blue rectangle", "蓝色的圆形 🙂", ""])
 def test_plain_is_the_image_and_its_caption(tokenizer, caption):
     turns = turns_of(["Describe the image.\n<image>", caption])
-    arguments = dict(template=get_template("plain"), tokenizer=tokenizer, num_image_tokens=4)
+    arguments = {"template": get_template("plain"), "tokenizer": tokenizer, "num_image_tokens": 4}
     encoded = encode(turns, **arguments)
     bos = tokenizer("")["input_ids"]
     caption_ids = tokenizer(caption + "\n", add_special_tokens=False)["input_ids"]
@@ -115,9 +119,7 @@ def test_v1_gives_the_ids_of_the_public_preprocessing():
     after = "\nwhat color is it? ASSISTANT: blue</s>USER: sure? ASSISTANT: yes</s>"
     expected = tokenizer(before)["input_ids"] + [IMAGE_TOKEN_ID] * 2
     expected += tokenizer(after)["input_ids"][1:]
-    encoded = encode(
-        turns, template=get_template("v1"), tokenizer=tokenizer, num_image_tokens=[2]
-    )
+    encoded = encode(turns, template=get_template("v1"), tokenizer=tokenizer, num_image_tokens=[2])
     assert encoded.input_ids.tolist() == expected
     assert encoded.input_ids[0] == tokenizer.bos_token_id
     assert int((encoded.input_ids == tokenizer.bos_token_id).sum()) == 1
@@ -131,9 +133,7 @@ def test_phi3_chat_gives_the_ids_of_the_public_preprocessing():
         "是一个有用无害的人工智能助手。"
     )
     before = f"<|system|>\n{system}<|end|><|user|>\nwhat is it? <img>"
-    after = (
-        "</img><|end|><|assistant|>\nblue<|end|><|user|>\nsure?<|end|><|assistant|>\nyes<|end|>"
-    )
+    after = "</img><|end|><|assistant|>\nblue<|end|><|user|>\nsure?<|end|><|assistant|>\nyes<|end|>"
     expected = tokenizer(before)["input_ids"] + [IMAGE_TOKEN_ID] * 2
     expected += tokenizer(after)["input_ids"][1:]
     encoded = encode(
@@ -179,7 +179,7 @@ def test_several_images_keep_their_places_and_sizes():
 
 def test_images_without_a_tag_go_before_the_first_question():
     tokenizer = llama_tokenizer()
-    arguments = dict(template=get_template("v1"), tokenizer=tokenizer, num_image_tokens=[2, 3])
+    arguments = {"template": get_template("v1"), "tokenizer": tokenizer, "num_image_tokens": [2, 3]}
     untagged = encode(turns_of(["same?", "no"]), **arguments)
     partly = encode(turns_of(["<image>\nsame?", "no"]), **arguments)
     tagged = encode(turns_of(["<image>\n<image>\nsame?", "no"]), **arguments)
@@ -199,7 +199,7 @@ def test_more_tags_than_images_names_sample_and_counts():
 
 
 def test_truncation_is_counted():
-    arguments = dict(template=get_template("qa"), tokenizer=byte_level_tokenizer())
+    arguments = {"template": get_template("qa"), "tokenizer": byte_level_tokenizer()}
     turns = turns_of(["what color?", "blue", "and?", "red"])
     whole = encode(turns, **arguments)
     length = len(whole.input_ids)
@@ -212,9 +212,11 @@ def test_truncation_is_counted():
 
 
 def test_truncation_neither_cuts_images_nor_leaves_nothing_to_learn():
-    arguments = dict(
-        template=get_template("qa"), tokenizer=byte_level_tokenizer(), num_image_tokens=8
-    )
+    arguments = {
+        "template": get_template("qa"),
+        "tokenizer": byte_level_tokenizer(),
+        "num_image_tokens": 8,
+    }
     turns = turns_of(["<image>what color?", "blue"])
     prompt_length = len(encode_prompt(turns[:1], **arguments))
     with pytest.raises(ValueError, match="image would be cut"):
@@ -244,7 +246,7 @@ def test_malformed_turns(turns, message):
 
 
 def test_a_leading_answer_is_left_out():
-    arguments = dict(template=get_template("v1"), tokenizer=llama_tokenizer())
+    arguments = {"template": get_template("v1"), "tokenizer": llama_tokenizer()}
     turns = turns_of(["what?", "blue"])
     led = encode([{"from": "gpt", "value": "cut off"}, *turns], **arguments)
     assert led.input_ids.tolist() == encode(turns, **arguments).input_ids.tolist()
@@ -267,7 +269,9 @@ def test_plain_refuses_dialogues():
 
 
 def test_context_is_the_questions_alone():
-    turns = turns_of(["<image>\nwhat color?", "blue", " is it <image> red? \n", "no", "<image>", "x"])
+    turns = turns_of(
+        ["<image>\nwhat color?", "blue", " is it <image> red? \n", "no", "<image>", "x"]
+    )
     assert context_text(turns) == "what color? is it  red?"
     assert context_text(turns_of(["what?"])) == "what?"
 

@@ -16,12 +16,12 @@ _LINE = 24
 _TEXT_SIZE = 17
 _TEXT_WIDTH = 760
 _MIN_SIDE = 224
-# BGR
+# Backgrounds and ink, in BGR.
 _PAPER = (255, 255, 255)
 _INK = (40, 40, 40)
-_SUPERVISED = (150, 235, 170)
-_IMAGE_TAG = (245, 220, 190)
-_ERROR = (200, 200, 255)
+SUPERVISED = (150, 235, 170)
+IMAGE_TAG = (245, 220, 190)
+ERROR = (200, 200, 255)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def draw_sample(dataset: InstructDataset, index: int) -> np.ndarray:
     """
     sample = dataset[index]
     if isinstance(sample, BadSample):
-        return _text_panel([_header(sample.id), _words(sample.reason, _ERROR)])
+        return _text_panel([_header(sample.id), _words(sample.reason, ERROR)])
     lines = _words(_header_text(sample), _PAPER)
     text = _text_panel([lines, _sample_words(dataset, sample)])
     return _side_by_side(_image_panel(sample), text)
@@ -65,9 +65,9 @@ def _sample_words(dataset: InstructDataset, sample: Sample) -> list[_Word]:
     spans = decoded_spans(sample.input_ids, sample.labels, tokenizer=dataset.spec.tokenizer)
     for span in spans:
         if span.num_image_tokens:
-            words.append(_Word(f"[{span.num_image_tokens} image tokens]", _IMAGE_TAG))
+            words.append(_Word(f"[{span.num_image_tokens} image tokens]", IMAGE_TAG))
         else:
-            words += _words(span.text, _SUPERVISED if span.supervised else _PAPER)
+            words += _words(span.text, SUPERVISED if span.supervised else _PAPER)
     return words
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from covft.datasets.instruct import InstructDataset
 from covft.datasets.spec import InputSpec
 from covft.registry import DATASETS
+from covft.weights import dataset_root
 
 SHAPES = frozenset({"circle", "rectangle", "triangle"})
 COLORS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
@@ -89,7 +90,7 @@ class EasyVQADataset(InstructDataset):
     """Easy-VQA as conversations or captions.
 
     Args:
-        root: The data set's folder.
+        root: The data set's folder; by default it is fetched from the package index once.
         spec: The model's side.
         split: ``train`` or ``test``.
         kind: ``conversations``, or ``captions`` for training the projector.
@@ -105,7 +106,7 @@ class EasyVQADataset(InstructDataset):
 
     def __init__(
         self,
-        root: str,
+        root: str | None = None,
         *,
         spec: InputSpec,
         split: str = "train",
@@ -116,6 +117,7 @@ class EasyVQADataset(InstructDataset):
         max_length: int = 2048,
         on_bad: Literal["skip", "raise"] = "skip",
     ) -> None:
+        root = str(dataset_root("easy-vqa")) if root is None else root
         if kind == "conversations":
             found = conversations(root, split, max_turns=max_turns, seed=seed or 0)
         elif kind != "captions":

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from covft.conversation import Template
+from covft.conversation import Template, get_template
+from covft.models.mllm import MLLM
 from covft.models.vision.image_spec import ImageSpec
 
 
@@ -39,3 +40,22 @@ class InputSpec:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         self.template.stop_token_ids(self.tokenizer)
+
+    @classmethod
+    def of(cls, model: MLLM) -> InputSpec:
+        """Return what a model expects of its data.
+
+        Raises:
+            ValueError: If the model has no tokenizer, or the template doesn't go with it.
+        """
+        if model.llm.tokenizer is None:
+            raise ValueError("the LLM has no tokenizer; set model.llm.tokenizer (folder or hub id)")
+        text_encoder = model.text_encoder
+        return cls(
+            tokenizer=model.llm.tokenizer,
+            template=get_template(model.template),
+            image=model.vision.backbone.image_spec,
+            num_image_tokens=model.num_image_tokens,
+            context_tokenizer=text_encoder.tokenizer if text_encoder else None,
+            max_context_length=text_encoder.max_length if text_encoder else 512,
+        )

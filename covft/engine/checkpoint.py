@@ -136,7 +136,14 @@ def restore_state(runner: Runner, state: Mapping[str, Any], *, source: Path) -> 
     check_same_parameters(saved_shapes, own_shapes, source=str(source))
     _restore_optimizer(runner, state["optimizer"], source)
     copy_into(unwrapped(runner.model).state_dict(), state["state_dict"])
-    for scheduler, saved in zip(runner.param_schedulers or (), state["param_schedulers"]):
+    schedulers = runner.param_schedulers or ()
+    if len(schedulers) != len(state["param_schedulers"]):
+        raise ValueError(
+            f"{source} has {len(state['param_schedulers'])} learning-rate schedules, the config "
+            f"{len(schedulers)}; to keep a constant learning rate from here on, use "
+            "param_scheduler=dict(type='CosineWarmup', warmup_iters=0, min_lr_ratio=1.0)"
+        )
+    for scheduler, saved in zip(schedulers, state["param_schedulers"], strict=True):
         scheduler.load_state_dict(saved)
     _restore_message_hub(runner.message_hub, state["message_hub"])
     meta = state["meta"]

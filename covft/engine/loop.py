@@ -61,13 +61,14 @@ class TrainLoop(BaseLoop):
         max_bad_steps: int = 10,
     ) -> None:
         super().__init__(runner, dataloader)
-        self._sampler: Any = dataloader.batch_sampler
-        if self._sampler.accumulation != accumulation:
+        sampler: Any = dataloader.batch_sampler
+        if sampler.accumulation != accumulation:
             raise ValueError(
-                f"the sampler makes steps of {self._sampler.accumulation} micro-batches, but "
+                f"the sampler makes steps of {sampler.accumulation} micro-batches, but "
                 f"train_cfg.accumulation is {accumulation}"
             )
-        self.max_iters = _run_length(max_iters, max_epochs, self._sampler.steps_per_epoch)
+        self.max_iters = _run_length(max_iters, max_epochs, sampler.steps_per_epoch)
+        self._sampler = sampler
         self.accumulation = accumulation
         self.max_bad_steps = max_bad_steps
         self.stop_training = False
@@ -238,15 +239,16 @@ def num_supervised(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
 
 
-def _run_length(
-    max_iters: int | None, max_epochs: float | None, steps_per_epoch: float
-) -> int:
-    if (max_iters is None) == (max_epochs is None):
+def _run_length(max_iters: int | None, max_epochs: float | None, steps_per_epoch: float) -> int:
+    if max_iters is not None and max_epochs is None:
+        length = max_iters
+    elif max_epochs is not None and max_iters is None:
+        length = math.ceil(max_epochs * steps_per_epoch)
+    else:
         raise ValueError(
             "train_cfg must give either max_iters or max_epochs, "
             f"got max_iters={max_iters} and max_epochs={max_epochs}"
         )
-    length = max_iters if max_iters is not None else math.ceil(max_epochs * steps_per_epoch)
     if length < 1:
         raise ValueError(f"train_cfg asks for {length} optimizer steps; at least 1 is needed")
     return length

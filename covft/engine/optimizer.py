@@ -46,9 +46,8 @@ class AutocastOptimWrapper(OptimWrapper):
     ) -> None:
         super().__init__(optimizer)
         if precision not in PRECISIONS:
-            raise ValueError(
-                f"optim_wrapper.precision '{precision}' is unknown; {nearest(precision, PRECISIONS)}"
-            )
+            hint = nearest(precision, PRECISIONS)
+            raise ValueError(f"optim_wrapper.precision '{precision}' is unknown; {hint}")
         if clip_grad is not None and set(clip_grad) != {"max_norm"}:
             raise ValueError(
                 f"optim_wrapper.clip_grad must be dict(max_norm=...), got {dict(clip_grad)}"
@@ -189,6 +188,5 @@ def _check_prefixes(prefix_lr: Mapping[str, float], model: nn.Module) -> None:
             )
         depth = prefix.count(".") + 1
         known = {".".join(n.split(".")[:depth]) for n, trainable in names.items() if trainable}
-        raise ValueError(
-            f"optim_wrapper.lr: no parameter's name starts with '{prefix}'; {nearest(prefix, known)}"
-        )
+        hint = nearest(prefix, known)
+        raise ValueError(f"optim_wrapper.lr: no parameter's name starts with '{prefix}'; {hint}")

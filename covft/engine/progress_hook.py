@@ -63,7 +63,7 @@ class ProgressHook(Hook):
         is_last = step == runner.max_iters
         seconds_left = (runner.max_iters - step) * self._seconds_per_step()
         if self._bar is not None:
-            self._bar.update(step, f"{self._numbers([outputs])}  ETA {_clock(seconds_left)}")
+            self._bar.update(step, f"ETA {_clock(seconds_left)}  {self._short(outputs)}")
         if step % self.interval == 0 or is_last:
             width = len(str(runner.max_iters))
             line = (
@@ -81,6 +81,12 @@ class ProgressHook(Hook):
 
     def _seconds_per_step(self) -> float:
         return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+
+    @staticmethod
+    def _short(outputs: Mapping[str, Any]) -> str:
+        """Format what fits beside a bar in 80 columns; of several learning rates, the highest."""
+        lr = max(value for name, value in outputs.items() if name.split("/")[0] == "lr")
+        return f"loss {outputs['loss']:.3f}  lr {lr:.1e}  {outputs['tokens_per_second']:.0f} tok/s"
 
     @staticmethod
     def _numbers(steps: list[Mapping[str, Any]]) -> str:
@@ -106,7 +112,7 @@ class _Bar:
 
     def __init__(self, logger: logging.Logger, *, done: int, total: int) -> None:
         assert is_main_process()
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._progress.start()
         self._task = self._progress.add_task("", total=total, completed=done)

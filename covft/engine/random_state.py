@@ -19,10 +19,10 @@ def capture_random_state() -> dict[str, Any]:
     """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_keys = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state = {
         "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position)]
-        + [int(has_gauss), float(cached)],
+        "numpy": [name, numpy_keys, int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -62,6 +62,11 @@ class Runner(FlexibleRunner):
     """
 
     config_text: str
+    model: nn.Module
+    # First a config, then what was built from it; mmengine's class does the same.
+    _train_loop: Any
+    optim_wrapper: Any
+    param_schedulers: Any
 
     @classmethod
     def from_parts(

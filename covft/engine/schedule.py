@@ -32,6 +32,8 @@ class CosineWarmup(_ParamScheduler):
         ValueError: If the warm-up doesn't fit in the run, or a share isn't one.
     """
 
+    _global_step: int
+
     def __init__(
         self,
         optimizer: BaseOptimWrapper,
@@ -43,9 +45,7 @@ class CosineWarmup(_ParamScheduler):
     ) -> None:
         self.warmup = _warmup_steps(max_iters, warmup_ratio, warmup_iters)
         if not 0 <= min_lr_ratio <= 1:
-            raise ValueError(
-                f"param_scheduler.min_lr_ratio must lie in [0, 1], got {min_lr_ratio}"
-            )
+            raise ValueError(f"param_scheduler.min_lr_ratio must lie in [0, 1], got {min_lr_ratio}")
         self.max_iters = max_iters
         self.min_lr_ratio = min_lr_ratio
         super().__init__(optimizer, "lr", by_epoch=False)
@@ -59,9 +59,7 @@ class CosineWarmup(_ParamScheduler):
 
     def step(self) -> None:
         """Advance by one step and set the groups' learning rates."""
-        self._global_step += 1
-        self.last_step = self._global_step
-        self._set_values()
+        self._go_to(self._global_step + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position; the curve itself comes from the config."""
@@ -69,8 +67,7 @@ class CosineWarmup(_ParamScheduler):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go to a saved position of the curve."""
-        self._global_step = self.last_step = state_dict["global_step"]
-        self._set_values()
+        self._go_to(state_dict["global_step"])
 
     def describe(self) -> str:
         """Return the planned curve in one line."""
@@ -80,8 +77,9 @@ class CosineWarmup(_ParamScheduler):
             f"{last:.3g} at step {self.max_iters}"
         )
 
-    def _set_values(self) -> None:
-        factor = self.factor(self._global_step)
+    def _go_to(self, step: int) -> None:
+        self._global_step = self.last_step = step
+        factor = self.factor(step)
         self._last_value = [base * factor for base in self.base_values]
         for group, value in zip(self.optimizer.param_groups, self._last_value, strict=True):
             group["lr"] = value

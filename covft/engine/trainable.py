@@ -117,9 +117,10 @@ def check_same_parameters(
         *_listing("of another shape", shapes),
     ]
     if problems:
+        listed = "\n".join(problems)
         raise ValueError(
-            f"{source} doesn't fit the model:\n" + "\n".join(problems) + "\nCheck that the config's "
-            "'model' (architecture, VFT method, what is frozen) is the one the file was trained with."
+            f"{source} doesn't fit the model:\n{listed}\nCheck that the config's 'model' "
+            "(architecture, VFT method, what is frozen) is the one the file was trained with."
         )
 
 

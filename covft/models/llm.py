@@ -53,9 +53,11 @@ class CausalLM(nn.Module):
         super().__init__()
         if (weights is None) == (arch is None):
             raise ValueError("llm needs either weights (folder or hub id) or arch (dict)")
-        if weights is not None:
+        #: Where the weights were read from; None if they are random.
+        self.weights_folder = None if weights is None else resolve(weights)
+        if self.weights_folder is not None:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(resolve(weights)), dtype=getattr(torch, dtype)
+                str(self.weights_folder), dtype=getattr(torch, dtype)
             )
         else:
             config = AutoConfig.for_model(**dict(arch or {}))
@@ -64,7 +66,7 @@ class CausalLM(nn.Module):
         self.tokenizer: PreTrainedTokenizerBase | None = (
             AutoTokenizer.from_pretrained(str(resolve(source))) if source else None
         )
-        self.template, self.weights = template or self.default_template, weights
+        self.template = template or self.default_template
         self.requires_grad_(not freeze)
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -20,6 +20,7 @@ from covft.models.projectors import Projector
 from covft.models.text_encoder import Context, TextEncoder
 from covft.models.vision.tower import VisionTower
 from covft.registry import LLMS, MODELS, PROJECTORS, TEXT_ENCODERS, VFT
+from covft.weights import source_of
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,15 @@ class MLLM(nn.Module):
     def device(self) -> torch.device:
         """Where the LLM's parameters are."""
         return next(self.llm.parameters()).device
+
+    def weights_sources(self) -> dict[str, str]:
+        """Return where each part's pretrained weights come from."""
+        parts = {"vision": self.vision.backbone, "llm": self.llm, "text_encoder": self.text_encoder}
+        return {
+            name: "random" if part.weights_folder is None else source_of(part.weights_folder)
+            for name, part in parts.items()
+            if part is not None
+        }
 
     def train(self, mode: bool = True) -> MLLM:
         """Set training mode, but leave frozen parts in eval mode."""

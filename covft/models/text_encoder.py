@@ -62,9 +62,10 @@ class TextEncoder(nn.Module):
             raise ValueError(f"text_encoder.pooling must be 'cls' or 'mean', got {pooling!r}")
         if (weights is None) == (arch is None):
             raise ValueError("text_encoder needs either weights (folder or hub id) or arch (dict)")
-        if weights is not None:
-            folder = str(resolve(weights))
-            self.model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        #: Where the weights were read from; None if they are random.
+        self.weights_folder = None if weights is None else resolve(weights)
+        if self.weights_folder is not None:
+            self.model = AutoModel.from_pretrained(str(self.weights_folder), dtype=torch.float32)
         else:
             self.model = AutoModel.from_config(AutoConfig.for_model(**dict(arch or {})))
         source = tokenizer or weights
@@ -75,7 +76,7 @@ class TextEncoder(nn.Module):
         )
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # unused; would only take memory
-        self.pooling, self.weights = pooling, weights
+        self.pooling = pooling
         positions = getattr(self.model.config, "max_position_embeddings", max_length)
         self.max_length = min(max_length, positions)
         self.requires_grad_(False).eval()

@@ -146,9 +146,7 @@ def test_resume_names_the_unreadable_checkpoint_that_was_asked_for(tmp_path):
 def test_resume_from_an_older_checkpoint_leaves_the_newer_ones_aside(tmp_path):
     toy_runner(tmp_path / "whole", hooks=[EVERY_3]).train()
     interrupted(tmp_path / "cut", 8)
-    toy_runner(
-        tmp_path / "cut", hooks=[EVERY_3], resume=tmp_path / "cut/iter_3.pth"
-    ).train()
+    toy_runner(tmp_path / "cut", hooks=[EVERY_3], resume=tmp_path / "cut/iter_3.pth").train()
     assert (tmp_path / "cut/iter_6.pth.old").exists()
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 

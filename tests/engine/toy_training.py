@@ -1,4 +1,4 @@
-"""A model, a dataset and a sampler with the contracts of the real ones, small enough to test with."""
+"""A model, a dataset and a sampler with the contracts of the real ones, but tiny."""
 
 from __future__ import annotations
 
@@ -103,7 +103,13 @@ class ToySampler:
     """Micro-batches without end; step s holds the same samples however it is split."""
 
     def __init__(
-        self, size: int, *, batch_size: int, accumulation: int = 1, rank: int = 0, world_size: int = 1
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.size = size
         self.batch_size = batch_size

@@ -39,6 +39,8 @@ class VisionBackbone(ViT):
         weights: None (random), ``pretrained`` (the variant's hub id), a folder, or a hub id.
         image_size: Input side in pixels; learned position embeddings are interpolated to it on
             loading.
+        grid: Patches per side instead of ``image_size``: the same number of tokens, whatever the
+            family's patch size.
         checkpointing: Recompute blocks in the backward pass.
         drop_path: DropPath rate of the last block; default 0, whatever the weights were trained
             with.
@@ -67,13 +69,16 @@ class VisionBackbone(ViT):
         select_layer: int | None = None,
         weights: str | None = None,
         image_size: int | None = None,
+        grid: int | None = None,
         checkpointing: bool = False,
         drop_path: float | None = None,
         final_norm: bool = False,
     ) -> None:
         hub_id = self._hub_id(arch, weights)
         folder = None if weights is None else locate(_source(weights, hub_id))
-        config = self._architecture(arch, folder, image_size)
+        if image_size is not None and grid is not None:
+            raise ValueError("give image_size or grid (patches per side), not both")
+        config = self._architecture(arch, folder, image_size, grid)
         if drop_path is not None:
             config = replace(config, drop_path=drop_path)
         options: dict[str, Any] = {
@@ -91,6 +96,8 @@ class VisionBackbone(ViT):
                 super().__init__(config, **options)
             self.to_empty(device=device)
         self.hub_id = hub_id
+        #: Where the weights were read from; None if they are random.
+        self.weights_folder = folder
         # Kept because a fine-tuning method may replace modules: import is into the plain encoder.
         self._plain_shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
         if folder is not None:
@@ -194,7 +201,11 @@ class VisionBackbone(ViT):
 
     @classmethod
     def _architecture(
-        cls, arch: str | Mapping[str, Any] | None, folder: Path | None, image_size: int | None
+        cls,
+        arch: str | Mapping[str, Any] | None,
+        folder: Path | None,
+        image_size: int | None,
+        grid: int | None,
     ) -> ViTConfig:
         config = cls._named_architecture(arch)
         published = None if folder is None else read_config(folder)
@@ -203,9 +214,11 @@ class VisionBackbone(ViT):
             if arch is None:
                 config = replace(config, **found)
             else:
-                _check_same(config, found, ignore_size=image_size is not None)
+                _check_same(config, found, ignore_size=(image_size or grid) is not None)
         elif folder is not None and arch is None:
             raise ValueError(f"no config.json in '{folder}': give the backbone's arch")
+        if grid is not None:
+            image_size = grid * config.patch_size
         if image_size is None or image_size == config.image_size:
             return config
         return _checked_size(replace(config, image_size=image_size))

@@ -162,7 +162,12 @@ class Attention(nn.Module):
         )
         if rope is not None:
             query, key = rotate_patches(query, *rope), rotate_patches(key, *rope)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        if x.shape[0]:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        else:
+            # A batch without images: flash kernels refuse it (pytorch/pytorch#133780), but the
+            # parameters must stay in the graph for distributed training.
+            mixed = (query @ key.transpose(-1, -2)).softmax(-1) @ value
         return self.out_proj(mixed.transpose(1, 2).flatten(2))
 
 

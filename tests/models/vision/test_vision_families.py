@@ -1,5 +1,7 @@
 """Every family equals transformers' class, and its full-size variants have the published shapes."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -142,6 +144,86 @@ def test_one_tiny_arch_fits_every_family(ours, tiny, pixels):
 def test_default_variants_name_their_weights(ours, hub_id):
     with torch.device("meta"):
         assert ours().hub_id == hub_id
+
+
+LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
+PUBLISHED = [  # what the hub's config.json says, as far as the architecture goes
+    (
+        CLIP,
+        {
+            "model_type": "clip",
+            "vision_config": {
+                **LARGE,
+                "model_type": "clip_vision_model",
+                "image_size": 336,
+                "patch_size": 14,
+                "hidden_act": "quick_gelu",
+                "layer_norm_eps": 1e-05,
+            },
+        },
+    ),
+    (
+        SigLIP,
+        {
+            "model_type": "siglip",
+            "vision_config": {**LARGE, "model_type": "siglip_vision_model", "image_size": 384},
+        },
+    ),
+    (
+        DINOv2,
+        {
+            "model_type": "dinov2",
+            "hidden_size": 384,
+            "num_attention_heads": 6,
+            "num_hidden_layers": 12,
+            "mlp_ratio": 4,
+            "image_size": 518,
+            "patch_size": 14,
+            "layer_norm_eps": 1e-06,
+            "qkv_bias": True,
+        },
+    ),
+    (
+        DINOv3,
+        {
+            **LARGE,
+            "model_type": "dinov3_vit",
+            "image_size": 224,
+            "patch_size": 16,
+            "num_register_tokens": 4,
+            "layer_norm_eps": 1e-05,
+            "key_bias": False,
+            "rope_theta": 100.0,
+            "pos_embed_rescale": 2.0,
+        },
+    ),
+    (
+        InternViT,
+        {
+            **LARGE,
+            "model_type": "intern_vit_6b",
+            "image_size": 448,
+            "patch_size": 14,
+            "layer_norm_eps": 1e-06,
+            "norm_type": "layer_norm",
+            "qkv_bias": True,
+            "qk_normalization": False,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("ours", "published"), PUBLISHED)
+def test_default_variants_are_the_published_architectures(ours, published):
+    with torch.device("meta"):
+        config = dataclasses.asdict(ours().config)
+    for name, value in ours.fields_from_config(published).items():
+        assert config[name] == value, name
 
 
 @pytest.mark.parametrize(

@@ -287,6 +287,14 @@ def test_missing_misshapen_and_unexpected_keys_are_listed(family, tmp_path):
     assert "unexpected: blocks.3." in message
 
 
+def test_a_parameter_that_a_built_block_lacks_is_unexpected(families, tmp_path):
+    families["DINOv3"].save(tmp_path, key_bias=True)
+    assert families["DINOv3"].load(tmp_path).config.k_bias
+    _edit_config(tmp_path, key_bias=False)
+    with pytest.raises(ValueError, match=r"unexpected: blocks\.0\.attn\.k_proj\.bias, blocks\.1"):
+        families["DINOv3"].load(tmp_path)
+
+
 def test_unbuilt_blocks_may_be_absent(families, tmp_path):
     families["CLIP"].save(tmp_path)
     tensors = {n: t for n, t in _tensors(tmp_path).items() if ".2." not in n and "post" not in n}

@@ -1,0 +1,72 @@
+"""A conversation with a trained model about images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from covft.conversation import context_text
+from covft.datasets.prompts import Prompt, collate_prompts
+from covft.datasets.spec import InputSpec
+from covft.datasets.transforms import load_image
+from covft.models.mllm import MLLM
+
+
+class ChatSession:
+    """Asks a model one question after another about the same images.
+
+    The context of context-aware methods is the first question, for the whole session: another
+    context changes the visual tokens and so what the earlier answers were about.
+
+    Args:
+        model: The model, in eval mode.
+        spec: What it expects of its data.
+        images: Image files or images; the first question is about all of them.
+        resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
+
+    Attributes:
+        turns: The conversation so far.
+    """
+
+    def __init__(
+        self,
+        model: MLLM,
+        spec: InputSpec,
+        images: Sequence[str | Path | Image.Image] = (),
+        *,
+        resize: str | None = None,
+    ) -> None:
+        self.model, self.spec, self.resize = model, spec, resize
+        self.images = [i if isinstance(i, Image.Image) else load_image(i) for i in images]
+        self.turns: list[dict[str, str]] = []
+
+    def ask(self, question: str, *, max_new_tokens: int = 128) -> str:
+        """Return the model's answer, and remember both for the next question.
+
+        Args:
+            question: The question's text; tags of the images are put in front of the first.
+            max_new_tokens: Longest answer in tokens.
+
+        Raises:
+            ValueError: If the question is empty.
+        """
+        if not question.strip():
+            raise ValueError("the question is empty")
+        tags = "" if self.turns else "<image>\n" * len(self.images)
+        turns = [*self.turns, {"from": "human", "value": tags + question}]
+        prompt = Prompt("chat", turns, self.images, context_text(turns[:1]))
+        batch = collate_prompts([prompt], self.spec, resize=self.resize)
+        on_device = {
+            key: value.to(self.model.device) if hasattr(value, "to") else value
+            for key, value in batch.items()
+        }
+        (new_ids,) = self.model.generate(
+            **on_device,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=self.spec.template.stop_token_ids(self.spec.tokenizer),
+        )
+        answer = self.spec.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
+        self.turns = [*turns, {"from": "gpt", "value": answer}]
+        return answer

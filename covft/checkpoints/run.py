@@ -1,0 +1,88 @@
+"""A finished run's folder: its config, its stages' weights, and the model they make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from mmengine.config import Config
+from mmengine.runner import set_random_seed
+
+from covft.engine.trainable import WEIGHTS_NAME, load_weights
+from covft.config import CONFIG_NAME, load_config, stage_configs
+from covft.datasets.spec import InputSpec
+from covft.models.mllm import MLLM
+from covft.registry import MODELS
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model and what it was made from.
+
+    Attributes:
+        model: The model, in eval mode.
+        spec: What it expects of its data.
+        config: The run's config.
+        weights: The files that were loaded, in order.
+        resize: How training made images square; None is the encoder's own way.
+    """
+
+    model: MLLM
+    spec: InputSpec
+    config: Config
+    weights: tuple[Path, ...]
+    resize: str | None
+
+
+def build_model(stage: Config, *, seed: int = 0) -> MLLM:
+    """Build a stage's model from its pretrained parts.
+
+    Args:
+        stage: A config of :func:`covft.config.stage_configs`.
+        seed: Seed of what has no pretrained weights, so that a rebuilt model is the same.
+    """
+    set_random_seed(seed)
+    model: MLLM = MODELS.build(stage.model)
+    return model
+
+
+def stage_dir(work_dir: Path, name: str, *, num_stages: int) -> Path:
+    """Return where a stage is written: the run's folder itself if it's the only stage."""
+    return work_dir if num_stages == 1 else work_dir / name
+
+
+def load_run(path: str | Path, *, device: str = "cpu") -> Run:
+    """Load the model of a finished run.
+
+    Args:
+        path: The run's folder, as given to ``tools/train.py --work-dir``.
+        device: Where to put the model.
+
+    Raises:
+        FileNotFoundError: If the folder holds no run, or a stage isn't finished.
+        ValueError: If weights and config don't fit.
+    """
+    root = Path(path)
+    config_file = root / CONFIG_NAME
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"'{root}' is no run: {CONFIG_NAME} is missing; give the --work-dir of a training"
+        )
+    config = load_config(config_file)
+    stages = stage_configs(config)
+    files = [
+        stage_dir(root, name, num_stages=len(stages)) / WEIGHTS_NAME for name, _ in stages
+    ]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{file} is missing: the run isn't finished; continue it with "
+                f"`tools/train.py {config_file} --work-dir {root} --resume`"
+            )
+    model = build_model(stages[-1][1], seed=config.get("seed", 0))
+    if stages[0][1].get("load_from"):
+        load_weights(model, stages[0][1].load_from)
+    # What a stage froze was left out of its file, and is in that of an earlier one.
+    for file in files:
+        load_weights(model, file)
+    resize = stages[-1][1].train_dataset.get("resize")
+    return Run(model.to(device).eval(), InputSpec.of(model), config, tuple(files), resize)

@@ -1,0 +1,74 @@
+"""Batches for generation: questions about images, without answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from covft.conversation import IGNORE_INDEX, Turn, context_text, encode_prompt
+from covft.datasets.collate import Collator
+from covft.datasets.sample import Sample
+from covft.datasets.spec import InputSpec
+from covft.datasets.transforms import transform
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked.
+
+    Attributes:
+        id: Names it in errors and results.
+        turns: The conversation, the last turn a question.
+        images: Its images, in the order of their tags.
+        context: Text that context-aware methods read; by default the human turns.
+    """
+
+    id: str
+    turns: Sequence[Turn]
+    images: Sequence[Image.Image] = ()
+    context: str | None = None
+
+
+def collate_prompts(
+    prompts: Sequence[Prompt], spec: InputSpec, *, resize: str | None = None
+) -> dict[str, Any]:
+    """Return the arguments of :meth:`covft.models.MLLM.generate` for prompts.
+
+    Args:
+        prompts: What to ask.
+        spec: The model's side.
+        resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
+    """
+    batch = Collator(spec)([_sample(prompt, spec, resize) for prompt in prompts])
+    return {key: value for key, value in batch.items() if key not in ("labels", "bad_samples")}
+
+
+def blank_like(image: Image.Image) -> Image.Image:
+    """Return a mid-grey image of the same size: what a model sees that must answer blindly."""
+    return Image.new("RGB", image.size, (128, 128, 128))
+
+
+def _sample(prompt: Prompt, spec: InputSpec, resize: str | None) -> Sample:
+    size = spec.image.image_size
+    images = [transform(image, spec.image, resize=resize) for image in prompt.images]
+    input_ids = encode_prompt(
+        prompt.turns,
+        template=spec.template,
+        tokenizer=spec.tokenizer,
+        num_image_tokens=[spec.num_image_tokens] * len(images),
+        sample_id=prompt.id,
+    )
+    return Sample(
+        id=prompt.id,
+        input_ids=input_ids,
+        labels=torch.full_like(input_ids, IGNORE_INDEX),
+        pixel_values=(
+            torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+        ),
+        context_text=context_text(prompt.turns) if prompt.context is None else prompt.context,
+        num_truncated=0,
+    )

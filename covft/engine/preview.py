@@ -1,0 +1,59 @@
+"""What a model answers to a few fixed training questions, for the log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from covft.datasets.annotations import image_paths
+from covft.datasets.instruct import InstructDataset
+from covft.datasets.prompts import Prompt, collate_prompts
+from covft.datasets.transforms import load_image
+
+
+class AnswerPreview:
+    """Generates answers to the first questions of some samples of a dataset.
+
+    Args:
+        dataset: Where the samples come from.
+        indices: Which of them; those whose images can't be read are passed over.
+        max_new_tokens: Longest answer in tokens.
+    """
+
+    def __init__(
+        self, dataset: InstructDataset, indices: Sequence[int], *, max_new_tokens: int = 24
+    ) -> None:
+        self.dataset, self.indices, self.max_new_tokens = dataset, indices, max_new_tokens
+
+    def __call__(self, model: nn.Module) -> list[str]:
+        """Return a line per sample: the question, the expected answer and the model's."""
+        spec = self.dataset.spec
+        prompts, expected = [], []
+        for index in self.indices:
+            record = self.dataset.record(index)
+            turns = list(record["conversations"])
+            try:
+                images = [load_image(self.dataset.image_root / p) for p in image_paths(record)]
+            except ValueError:
+                continue
+            prompts.append(Prompt(str(record.get("id", index)), turns[:1], images))
+            expected.append(turns[1]["value"])
+        if not prompts:
+            return []
+        batch = collate_prompts(prompts, spec, resize=self.dataset.resize)
+        device = next(model.parameters()).device
+        answers = model.generate(  # type: ignore[operator]
+            **{k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()},
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=spec.template.stop_token_ids(spec.tokenizer),
+        )
+        return [
+            f"{_last_line(p.turns[0]['value'])!r}: expected {answer!r}, "
+            f"generated {spec.tokenizer.decode(ids, skip_special_tokens=True).strip()!r}"
+            for p, answer, ids in zip(prompts, expected, answers, strict=True)
+        ]
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]

@@ -1,0 +1,114 @@
+"""The evaluation at the end of a run: ``results.json`` and the lines that are printed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+
+from covft.engine.atomic import atomic_write_text
+from covft.checkpoints.run import Run
+from covft.evaluation import evaluate, weights_fingerprint
+from covft.registry import BENCHMARKS, nearest
+
+RESULTS_NAME = "results.json"
+_KEYS = {"benchmark", "blind", "batch_size", "compare_with"}
+
+
+def evaluate_run(
+    run: Run,
+    work_dir: Path,
+    *,
+    train_seconds: float | None = None,
+    total_started: float | None = None,
+) -> dict[str, Any]:
+    """Score a run as its config's ``evaluation`` asks, write ``results.json`` and print it.
+
+    ``evaluation`` holds ``benchmark`` (a benchmark's config), ``blind`` (whether to score grey
+    images too), ``batch_size``, and ``compare_with``: names of runs beside this one whose measured
+    results are printed with it if they are there.
+
+    Args:
+        run: The run, loaded.
+        work_dir: Its folder.
+        train_seconds: How long its stages took; by default what an earlier evaluation wrote.
+        total_started: ``time.perf_counter()`` at the run's start.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        ValueError: If ``evaluation`` has an unknown key or no benchmark.
+    """
+    cfg = run.config.get("evaluation") or {}
+    for key in cfg:
+        if key not in _KEYS:
+            raise ValueError(f"evaluation.{key} is unknown; {nearest(key, _KEYS)}")
+    if "benchmark" not in cfg:
+        raise ValueError("the config has no evaluation.benchmark")
+    earlier = read_results(work_dir) or {}
+    results: dict[str, Any] = {
+        **_scores(run, work_dir, cfg),
+        "train_seconds": earlier.get("train_seconds") if train_seconds is None else train_seconds,
+        "total_seconds": earlier.get("total_seconds"),
+        "num_threads": torch.get_num_threads(),
+        "weights_source": run.model.weights_sources(),
+    }
+    if total_started is not None:
+        results["total_seconds"] = time.perf_counter() - total_started
+    atomic_write_text(work_dir / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
+    names = [work_dir.name, *(cfg.get("compare_with") or [])]
+    print_log("\n" + comparison_table(work_dir.parent, names), logger="current")
+    return results
+
+
+def read_results(work_dir: Path) -> dict[str, Any] | None:
+    """Return a run's results, or None if it has none."""
+    path = work_dir / RESULTS_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def comparison_table(root: Path, names: list[str]) -> str:
+    """Return the measured results of runs under ``root`` as a table; those without are left out."""
+    lines = [f"{'run':<24}{'accuracy':>10}{'blind':>10}{'questions':>11}{'train time':>12}"]
+    for name in dict.fromkeys(names):
+        found = read_results(root / name)
+        if found is None:
+            continue
+        blind, seconds = found["blind_accuracy"], found["train_seconds"]
+        lines.append(
+            f"{name:<24}{found['accuracy']:>10.1%}"
+            f"{'-' if blind is None else format(blind, '.1%'):>10}{found['num_questions']:>11}"
+            f"{'-' if seconds is None else format(seconds, '.0f') + ' s':>12}"
+        )
+    return "\n".join(lines)
+
+
+def _scores(run: Run, work_dir: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
+    benchmark = BENCHMARKS.build(cfg["benchmark"])
+    weights_id = weights_fingerprint(run.weights)
+    scores = {}
+    for blank in (False, True) if cfg.get("blind") else (False,):
+        scores[blank] = evaluate(
+            run.model,
+            run.spec,
+            benchmark,
+            work_dir,
+            weights_id=weights_id,
+            batch_size=cfg.get("batch_size", 32),
+            blank_images=blank,
+            resize=run.resize,
+        )
+    seen = scores[False]
+    return {
+        "benchmark": benchmark.name,
+        **seen.metrics,
+        "blind_accuracy": scores[True].metrics["accuracy"] if True in scores else None,
+        "num_questions": seen.num_items,
+        "num_unreadable": len(seen.unreadable),
+    }

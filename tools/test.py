@@ -1,0 +1,46 @@
+"""Score a trained run on its config's benchmark, here or with other options."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a finished run (its --work-dir)")
+    parser.add_argument("--device", default=None, help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="change the evaluation, such as evaluation.benchmark.limit=200",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the command line."""
+    args = parse_args()
+    import torch
+
+    from covft.checkpoints import load_run
+    from covft.engine.results import evaluate_run
+
+    for key in args.cfg_options or {}:
+        if not key.startswith("evaluation."):
+            raise ValueError(f"--cfg-options {key}: a trained run's evaluation.… can be changed only")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    run = load_run(args.run, device=device)
+    run.config.merge_from_dict(args.cfg_options or {})
+    evaluate_run(run, args.run)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ImportError, ConnectionError) as error:
+        sys.exit(f"error: {error}")
