@@ -1,7 +1,7 @@
 """Quickstart: CoVFT on DINOv2-S, SmolLM2-135M and easy-VQA, in minutes on a laptop CPU.
 
-As in LLaVA-1.5, stage 1 trains the projector on captions, stage 2 the LLM, the projector and, by the
-VFT method, the vision encoder on questions. The settings outside ``stages`` are stage 2's.
+As in LLaVA-1.5, stage 1 trains the projector on captions; stage 2 trains the LLM, the projector and,
+by the VFT method, the vision encoder on questions. What stands outside ``stages`` is stage 2's.
 """
 
 from mmengine.config import read_base
@@ -42,7 +42,9 @@ logging = dict(interval=5, preview_interval=50)
 stages = dict(
     pretrain=dict(
         model=dict(
-            vision=dict(vft=dict(_delete_=True, type=Freeze)), llm=dict(freeze=True), template="plain"
+            vision=dict(vft=dict(_delete_=True, type=Freeze)),
+            llm=dict(freeze=True),
+            template="plain",
         ),
         train_dataset=dict(_delete_=True, type=EasyVQADataset, kind="captions"),
         train_dataloader=dict(batch_size=8, group="none"),

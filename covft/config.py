@@ -13,14 +13,16 @@ import copy
 import functools
 import importlib.metadata
 import importlib.util
+import pprint
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mmengine.config.config as mmengine_config
 import mmengine.config.utils as mmengine_config_utils
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 
 from covft.registry import nearest
 
@@ -49,7 +51,7 @@ TOP_LEVEL_KEYS = {
     "num_threads": "CPU threads of torch",
     "work_dir": "where the run is written",
 }
-#: Names that parts under configs/_base_ define for recipes to compose; they mean nothing by themselves.
+#: Names that parts under configs/_base_ define for recipes to compose; alone they mean nothing.
 PART_NAMES = {"vision_backbone", "llm", "text_encoder"}
 
 
@@ -109,16 +111,25 @@ def stage_configs(cfg: Config) -> list[tuple[str, Config]]:
 def save_config(cfg: Config, path: Path) -> None:
     """Write a config so that :func:`load_config` reads the same back; an atomic replacement."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(cfg.pretty_text, encoding="utf-8")
+    temporary.write_text(config_text(cfg), encoding="utf-8")
     temporary.replace(path)
+
+
+def config_text(cfg: Config) -> str:
+    """Return a config as Python source, its keys in their order: that of ``stages`` counts."""
+    # mmengine's own pretty_text sorts the keys.
+    return "".join(
+        f"{key} = {pprint.pformat(value, sort_dicts=False, width=100)}\n"
+        for key, value in cfg.to_dict().items()
+    )
 
 
 def _from_file(path: Path) -> Config:
     _repair_mmengine()
     cfg = Config.fromfile(path)
-    imported = cfg._imported_names
-    for key in list(cfg._cfg_dict):
-        if key in PART_NAMES or key in imported or key.startswith("_"):
+    for key, value in list(cfg._cfg_dict.items()):
+        is_import = key in cfg._imported_names or isinstance(value, ModuleType)
+        if is_import or key in PART_NAMES or key.startswith("_"):
             cfg._cfg_dict.pop(key)
     return cfg
 
@@ -157,15 +168,6 @@ def _is_set(cfg: Any, dotted: str) -> bool:
             return False
         cfg = cfg[key]
     return True
-
-
-def walk(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every leaf of nested dicts with its dotted key."""
-    if isinstance(cfg, (Mapping, ConfigDict)):
-        for key, value in cfg.items():
-            yield from walk(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, cfg
 
 
 @functools.cache

@@ -32,7 +32,9 @@ def main() -> None:
 
     for key in args.cfg_options or {}:
         if not key.startswith("evaluation."):
-            raise ValueError(f"--cfg-options {key}: a trained run's evaluation.… can be changed only")
+            raise ValueError(
+                f"--cfg-options {key}: a trained run's evaluation.… can be changed only"
+            )
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = load_run(args.run, device=device)
     run.config.merge_from_dict(args.cfg_options or {})

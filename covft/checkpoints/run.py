@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
 
-from covft.engine.trainable import WEIGHTS_NAME, load_weights
+from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
 from covft.config import CONFIG_NAME, load_config, stage_configs
 from covft.datasets.spec import InputSpec
 from covft.models.mllm import MLLM
@@ -69,9 +70,7 @@ def load_run(path: str | Path, *, device: str = "cpu") -> Run:
         )
     config = load_config(config_file)
     stages = stage_configs(config)
-    files = [
-        stage_dir(root, name, num_stages=len(stages)) / WEIGHTS_NAME for name, _ in stages
-    ]
+    files = [stage_dir(root, name, num_stages=len(stages)) / WEIGHTS_NAME for name, _ in stages]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(

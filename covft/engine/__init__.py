@@ -1,5 +1,6 @@
 """Training: runner, loop, checkpoints, hooks, optimizer, schedule."""
 
+from covft.checkpoints.trainable import load_weights, save_weights
 from covft.engine.checkpoint_hook import CheckpointHook
 from covft.engine.data import build_dataloader
 from covft.engine.loop import TrainLoop
@@ -10,7 +11,6 @@ from covft.engine.sample_hooks import BadSampleHook, SampleLogHook
 from covft.engine.scalars_hook import ScalarsHook
 from covft.engine.schedule import CosineWarmup
 from covft.engine.strategy import DDPStrategy, SingleDeviceStrategy, setup_distributed
-from covft.engine.trainable import load_weights, save_weights
 
 __all__ = [
     "AutocastOptimWrapper",

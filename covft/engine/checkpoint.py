@@ -1,7 +1,7 @@
 """Checkpoints: what is in them, how they are found, written and pruned, and resuming from one.
 
-A checkpoint holds what training changes (see :mod:`covft.engine.trainable`), the optimizer, the
-schedule, the counters and the random generators of every process, all readable with
+A checkpoint holds what training changes (see :mod:`covft.checkpoints.trainable`), the optimizer,
+the schedule, the counters and the random generators of every process, all readable with
 ``torch.load(weights_only=True)``. What the config decides (learning rates, the schedule's shape)
 is not taken from it.
 """
@@ -21,14 +21,14 @@ from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.logging import HistoryBuffer, MessageHub
 
 import covft
-from covft.engine.atomic import atomic_write, atomic_write_text
-from covft.engine.random_state import capture_random_state
-from covft.engine.trainable import (
+from covft.checkpoints.atomic import atomic_write, atomic_write_text
+from covft.checkpoints.trainable import (
     check_same_parameters,
     copy_into,
     trainable_state_dict,
     unwrapped,
 )
+from covft.engine.random_state import capture_random_state
 
 if TYPE_CHECKING:
     from covft.engine.runner import Runner

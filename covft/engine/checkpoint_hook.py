@@ -10,8 +10,8 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
 
 import covft
+from covft.checkpoints.trainable import WEIGHTS_NAME, save_weights
 from covft.engine.checkpoint import checkpoint_path, collect_state, write_checkpoint
-from covft.engine.trainable import WEIGHTS_NAME, save_weights
 from covft.registry import HOOKS
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from mmengine import registry as mmengine_registry
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
-from covft.engine.trainable import unwrapped
+from covft.checkpoints.trainable import unwrapped
 from covft.registry import OPTIM_WRAPPERS, Registry, nearest
 
 OPTIMIZERS = Registry(

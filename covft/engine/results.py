@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from mmengine.logging import print_log
 
-from covft.engine.atomic import atomic_write_text
+from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.run import Run
 from covft.evaluation import evaluate, weights_fingerprint
 from covft.registry import BENCHMARKS, nearest

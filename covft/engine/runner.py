@@ -18,7 +18,8 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from covft.engine.atomic import remove_partial_files
+from covft.checkpoints.atomic import remove_partial_files
+from covft.checkpoints.trainable import WEIGHTS_NAME
 from covft.engine.checkpoint import (
     find_checkpoints,
     iteration_of,
@@ -32,7 +33,6 @@ from covft.engine.progress_hook import ProgressHook
 from covft.engine.sample_hooks import BadSampleHook
 from covft.engine.scalars_hook import ScalarsHook
 from covft.engine.strategy import STRATEGIES, DDPStrategy, SingleDeviceStrategy
-from covft.engine.trainable import WEIGHTS_NAME
 from covft.registry import HOOKS, LOOPS, Registry
 
 VISUALIZATION_BACKENDS = Registry(

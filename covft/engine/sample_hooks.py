@@ -12,8 +12,8 @@ from mmengine.dist import all_reduce, get_rank, master_only
 from mmengine.hooks import Hook
 from torch import nn
 
+from covft.checkpoints.trainable import unwrapped
 from covft.engine.random_state import preserved_random_state
-from covft.engine.trainable import unwrapped
 from covft.registry import HOOKS
 
 if TYPE_CHECKING:

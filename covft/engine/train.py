@@ -12,10 +12,10 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
 
-from covft.engine.atomic import atomic_write_text
+from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.run import build_model, load_run, stage_dir
-from covft.engine.trainable import WEIGHTS_NAME, load_weights
-from covft.config import CONFIG_NAME, STAGE_KEYS, save_config, stage_configs
+from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
+from covft.config import CONFIG_NAME, STAGE_KEYS, config_text, save_config, stage_configs
 from covft.datasets.collate import Collator
 from covft.datasets.instruct import InstructDataset
 from covft.datasets.spec import InputSpec
@@ -131,7 +131,7 @@ def _run_stage(
         launcher=launcher,
         seed=seed,
         visualizer=stage.get("visualizer"),
-        config_text=stage.pretty_text,
+        config_text=config_text(stage),
     )
     before = _seconds_before(folder, runner.iter)
     runner.train()

@@ -41,7 +41,7 @@ class MLLM(nn.Module):
     """A LLaVA-style model: images become tokens among the LLM's embeddings.
 
     Args:
-        vision: ``backbone`` (a vision backbone's config), ``vft`` (a method's) and ``select_layer``.
+        vision: ``backbone`` (an encoder's config), ``vft`` (a method's) and ``select_layer``.
         projector: A projector's config; widths and token count are derived.
         llm: An LLM's config.
         text_encoder: The context encoder's config; built only if the VFT method reads context.
@@ -151,7 +151,7 @@ class MLLM(nn.Module):
         context_mask: Tensor | None = None,
         sample_ids: Sequence[str] = (),
     ) -> Tensor:
-        """Return the LLM's inputs, text and visual tokens merged, (B, T, H); arguments as forward's."""
+        """Return the LLM's inputs, text and visual tokens merged, (B, T, H); see :meth:`forward`."""
         self._check_counts(input_ids, image_to_sample, sample_ids)
         tokens = self.visual_tokens(pixel_values, image_to_sample, context_ids, context_mask)
         is_image = input_ids == IMAGE_TOKEN_ID

@@ -45,7 +45,7 @@ class TextEncoder(nn.Module):
         max_length: Longest text in tokens; longer ones are truncated.
 
     Raises:
-        ValueError: If neither or both of ``weights`` and ``arch`` are given, or an option is unknown.
+        ValueError: If not exactly one of ``weights`` and ``arch`` is given, or an option is unknown.
     """
 
     def __init__(
@@ -70,7 +70,9 @@ class TextEncoder(nn.Module):
             self.model = AutoModel.from_config(AutoConfig.for_model(**dict(arch or {})))
         source = tokenizer or weights
         if source is None:
-            raise ValueError("text_encoder with random weights needs a tokenizer (folder or hub id)")
+            raise ValueError(
+                "text_encoder with random weights needs a tokenizer (folder or hub id)"
+            )
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             str(resolve(source))
         )

@@ -123,7 +123,9 @@ class CoMoE(nn.Module):
             ValueError: If there is no context, or not one row per image.
         """
         if context is None:
-            raise ValueError("CoMoE was called without context; pass the instruction's text features")
+            raise ValueError(
+                "CoMoE was called without context; pass the instruction's text features"
+            )
         if len(context.pooled) != len(x):
             raise ValueError(f"{len(x)} images, but context rows for {len(context.pooled)}")
         gates = self.gate(self.cve(x, context.pooled)).softmax(-1)
@@ -147,7 +149,9 @@ class CoMoE(nn.Module):
         own = {key: tuple(value.shape) for key, value in self.public_state_dict().items()}
         given = {key: tuple(value.shape) for key, value in state.items()}
         if own != given:
-            differing = sorted(key for key in own.keys() | given.keys() if own.get(key) != given.get(key))
+            differing = sorted(
+                key for key in own.keys() | given.keys() if own.get(key) != given.get(key)
+            )
             lines = [f"{k}: expected {own.get(k)}, found {given.get(k)}" for k in differing[:10]]
             raise ValueError(f"{len(differing)} CoMoE weights don't fit:\n" + "\n".join(lines))
         self.experts.load_per_expert(state)
@@ -171,7 +175,7 @@ class WideExperts(nn.Module):
             self.down_bias = nn.Parameter(ffn.fc2.bias.repeat(num_experts, 1))
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
-        """Return the sum of the experts' outputs weighted by ``gates`` (I, E), like ``x`` (I, N, D)."""
+        """Return the experts' outputs for (I, N, D) tokens, summed with weights ``gates`` (I, E)."""
         hidden = self.act(F.linear(x, self.up, self.up_bias))
         hidden = hidden.unflatten(-1, (self.num_experts, -1)) * gates[:, None, :, None]
         return F.linear(hidden.flatten(-2), self.down) + (gates @ self.down_bias)[:, None]
@@ -227,7 +231,7 @@ class CVE(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, tokens: Tensor, text: Tensor) -> Tensor:
-        """Return the context vector of each image, (I, C), from (I, N, D) tokens and (I, C) text."""
+        """Return the context vectors (I, C) of images with (I, N, D) tokens and (I, C) texts."""
         image, text = self.image_resblock(tokens), self.text_resblock(text.to(tokens.dtype))
         heads = (self.num_heads, -1)
         query = F.linear(text, self.q_proj, self.q_bias).unflatten(-1, heads)  # (I, h, c)
@@ -273,7 +277,7 @@ class CVE(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """LN(x + W_down act(W_up x)), twice as wide inside (eq. 7; biases and norm as the public code)."""
+    """LN(x + W_down act(W_up x)), twice as wide inside (eq. 7; biases, norm as the public code)."""
 
     def __init__(self, width: int, act: str) -> None:
         super().__init__()

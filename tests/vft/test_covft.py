@@ -143,7 +143,11 @@ def expected_public_names(blocks: int, first: int, experts: int) -> set[str]:
             }
         attention = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias")
         names |= {f"{i}.mlp.cross_attn.{part}" for part in attention}
-        names |= {f"{i}.mlp.{part}.{p}" for part in ("cross_attn.out_proj", "gate") for p in ("weight", "bias")}
+        names |= {
+            f"{i}.mlp.{part}.{p}"
+            for part in ("cross_attn.out_proj", "gate")
+            for p in ("weight", "bias")
+        }
     return names
 
 
@@ -189,7 +193,9 @@ def test_a_step_changes_nothing_else() -> None:
     optimizer = torch.optim.SGD([p for p in tower.parameters() if p.requires_grad], lr=1.0)
     tower.train()(pixels(), make_context(3)).square().sum().backward()
     optimizer.step()
-    changed = {name for name, value in tower.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in tower.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed <= trainable
     last = f"backbone.blocks.{len(tower.backbone.blocks) - 1}"
     assert {n for n in trainable if n.startswith(f"{last}.mlp")} <= changed

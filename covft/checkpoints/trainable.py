@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from covft.engine.atomic import atomic_write
+from covft.checkpoints.atomic import atomic_write
 
 WEIGHTS_NAME = "weights.safetensors"
 #: How many names of each kind an error lists.

@@ -1,0 +1,125 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from covft.checkpoints import build_model
+from covft.config import load_config, stage_configs
+from covft.datasets import InputSpec
+from covft.evaluation import Benchmark, EasyVQA, Item, evaluate
+from covft.evaluation.predictions import Predictions
+from covft.models import MLLM
+
+
+@pytest.fixture
+def model(tiny_options) -> MLLM:
+    return build_model(stage_configs(load_config("quickstart_covft", tiny_options))[-1][1]).eval()
+
+
+def run(model: MLLM, benchmark: Benchmark, work_dir: Path, **options):
+    options = {"weights_id": "w", "batch_size": 4, **options}
+    return evaluate(model, InputSpec.of(model), benchmark, work_dir, **options)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_scoring_is_exact_match(easy_vqa_root: Path) -> None:
+    benchmark = EasyVQA(root=str(easy_vqa_root), limit=4)
+    answers = [item.answer for item in benchmark.items()]
+    assert answers == ["red", "circle", "yes", "no"]
+    predictions = dict(zip("0123", ["Red.", "a circle", "yes", ""], strict=True))
+    assert benchmark.score(predictions) == {"accuracy": 0.5}
+    predictions.pop("2")
+    with pytest.raises(ValueError, match="1 of 4 items have no prediction, the first is '2'"):
+        benchmark.score(predictions)
+
+
+def test_batched_answers_equal_single_ones_and_do_not_depend_on_order(
+    model: MLLM, easy_vqa_root: Path, tmp_path: Path
+) -> None:
+    benchmark = EasyVQA(root=str(easy_vqa_root))
+    model = model.double()
+    four = run(model, benchmark, tmp_path / "four")
+    one = run(model, benchmark, tmp_path / "one", batch_size=1)
+
+    def by_id(path: Path) -> dict:
+        return {record["id"]: record["prediction"] for record in lines(path)[1:]}
+
+    assert by_id(four.predictions) == by_id(one.predictions)
+    assert four.num_items == 24 and len(by_id(four.predictions)) == 24
+
+
+def test_a_killed_inference_goes_on(model: MLLM, easy_vqa_root: Path, tmp_path: Path) -> None:
+    benchmark = EasyVQA(root=str(easy_vqa_root), limit=8)
+    whole = run(model, benchmark, tmp_path)
+    content = whole.predictions.read_bytes()
+    rows = content.splitlines(keepends=True)
+    whole.predictions.write_bytes(b"".join(rows[:4]) + rows[4][:9])  # torn in the fifth line
+    asked = []
+    model.vision.register_forward_hook(lambda _m, args, _o: asked.append(len(args[0])))
+    again = run(model, benchmark, tmp_path)
+    assert again.metrics == whole.metrics
+    assert sum(asked) == 5
+    assert sorted(again.predictions.read_bytes().splitlines()) == sorted(content.splitlines())
+
+
+def test_other_weights_never_mix(model: MLLM, easy_vqa_root: Path, tmp_path: Path) -> None:
+    benchmark = EasyVQA(root=str(easy_vqa_root), limit=4)
+    first = run(model, benchmark, tmp_path)
+    before = first.predictions.read_bytes()
+    second = run(model, benchmark, tmp_path, weights_id="other")
+    assert second.predictions.with_suffix(".jsonl.old").read_bytes() == before
+    assert lines(second.predictions)[0] != json.loads(before.splitlines()[0])
+
+
+def test_unreadable_images_count_as_wrong_and_are_listed(
+    model: MLLM, easy_vqa_root: Path, tmp_path: Path
+) -> None:
+    (easy_vqa_root / "test" / "images" / "0.png").write_bytes(b"no image")
+    result = run(model, EasyVQA(root=str(easy_vqa_root), limit=6), tmp_path)
+    assert sorted(result.unreadable) == ["0", "1", "2", "3"]
+    assert result.num_items == 6
+    listed = [record for record in lines(result.predictions)[1:] if "error" in record]
+    assert {record["id"] for record in listed} == set("0123")
+    assert all(record["prediction"] == "" for record in listed)
+
+
+def test_blank_images_hide_the_picture(
+    model: MLLM, easy_vqa_root: Path, tmp_path: Path
+) -> None:
+    seen: list[torch.Tensor] = []
+    model.vision.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
+    result = run(model, EasyVQA(root=str(easy_vqa_root), limit=4), tmp_path, blank_images=True)
+    assert result.predictions.name == "easy_vqa_blank.jsonl"
+    assert (torch.cat(seen) == 128).all()
+
+
+def test_the_context_is_the_items_own(model: MLLM, easy_vqa_root: Path, tmp_path: Path) -> None:
+    class OneItem(Benchmark):
+        name = "one"
+
+        def items(self) -> list[Item]:
+            image = str(easy_vqa_root / "test" / "images" / "0.png")
+            return [Item("a", "what is it?", "red", (image,), context="is there a circle?")]
+
+        def is_correct(self, prediction: str, item: Item) -> bool:
+            return prediction == item.answer
+
+    read = []
+    model.text_encoder.register_forward_hook(lambda _m, args, _o: read.append(args[0]))
+    run(model, OneItem(), tmp_path)
+    text = model.text_encoder.tokenizer.decode(read[0][0], skip_special_tokens=True)
+    assert text == "is there a circle?".replace("?", " ?") or text == "is there a circle?"
+
+
+def test_predictions_of_a_foreign_file_are_put_aside(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    with Predictions(path, "one") as predictions:
+        predictions.add("a", "yes")
+    with Predictions(path, "one") as predictions:
+        assert predictions.answers == {"a": "yes"}
+    with Predictions(path, "two") as predictions:
+        assert predictions.answers == {}
