@@ -21,18 +21,18 @@ from covft.vft import CoVFT, Freeze
 
 model = dict(
     type=MLLM,
-    vision=dict(backbone=vision_backbone, vft=dict(type=CoVFT), select_layer=9),
-    projector=dict(type=PixelShuffleProjector),
+    vision=dict(backbone=vision_backbone, vft=dict(type=CoVFT)),
+    projector=dict(type=PixelShuffleProjector, init_scale=2.0),
     llm=llm,
     text_encoder=text_encoder,
     template="qa",
 )
-train_dataset = dict(type=EasyVQADataset, kind="conversations")
+train_dataset = dict(type=EasyVQADataset, kind="conversations", max_turns=6)
 train_dataloader = dict(batch_size=8, group="length")
-train_cfg = dict(max_iters=60)
+train_cfg = dict(max_iters=80)
 optim_wrapper = dict(
-    optimizer=dict(type=AdamW, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0),
-    lr={"projector": 5e-4},
+    optimizer=dict(type=AdamW, lr=1.5e-4, betas=(0.9, 0.98), weight_decay=0.0),
+    lr={"projector": 1e-3},
     clip_grad=dict(max_norm=1.0),
 )
 param_scheduler = dict(type=CosineWarmup, warmup_ratio=0.05)
@@ -51,7 +51,7 @@ stages = dict(
         train_cfg=dict(max_iters=100),
         optim_wrapper=dict(
             _delete_=True,
-            optimizer=dict(type=AdamW, lr=2e-3, weight_decay=0.0),
+            optimizer=dict(type=AdamW, lr=4e-3, weight_decay=0.0),
             clip_grad=dict(max_norm=1.0),
         ),
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from covft.conversation import context_text
+from covft.conversation import IMAGE_TOKEN, context_text
 from covft.datasets.prompts import Prompt, collate_prompts
 from covft.datasets.spec import InputSpec
 from covft.datasets.transforms import load_image
@@ -50,10 +50,10 @@ class ChatSession:
             max_new_tokens: Longest answer in tokens.
 
         Raises:
-            ValueError: If the question is empty.
+            ValueError: If the question is empty, or holds an image tag of its own.
         """
-        if not question.strip():
-            raise ValueError("the question is empty")
+        if not question.strip() or IMAGE_TOKEN in question:
+            raise ValueError(f"the question is empty or holds a literal {IMAGE_TOKEN}")
         tags = "" if self.turns else "<image>\n" * len(self.images)
         turns = [*self.turns, {"from": "human", "value": tags + question}]
         prompt = Prompt("chat", turns, self.images, context_text(turns[:1]))

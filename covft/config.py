@@ -71,11 +71,14 @@ def load_config(path_or_name: str | Path, options: Mapping[str, Any] | None = No
     """
     cfg = _from_file(find_config(path_or_name))
     _check_keys(cfg, TOP_LEVEL_KEYS, where=str(path_or_name))
-    for name, stage in (cfg.get("stages") or {}).items():
-        _check_keys(stage, STAGE_KEYS, where=f"stages.{name}")
+    stages = list(cfg.get("stages") or {})
     if options:
         _check_options(cfg, options)
-        cfg.merge_from_dict(dict(options))
+        cfg.merge_from_dict(copy.deepcopy(dict(options)))
+    for name, stage in (cfg.get("stages") or {}).items():
+        if name not in stages:
+            raise ValueError(f"--cfg-options stages.{name}: no such stage; {nearest(name, stages)}")
+        _check_keys(stage, STAGE_KEYS, where=f"stages.{name}")
     return cfg
 
 
@@ -88,7 +91,7 @@ def find_config(path_or_name: str | Path) -> Path:
     direct = Path(path_or_name)
     if direct.is_file():
         return direct
-    named = CONFIG_ROOT / direct.with_suffix(".py").name
+    named = CONFIG_ROOT / f"{direct.name.removesuffix('.py')}.py"
     if len(direct.parts) == 1 and named.is_file():
         return named
     known = [path.stem for path in CONFIG_ROOT.glob("*.py")]
@@ -98,20 +101,38 @@ def find_config(path_or_name: str | Path) -> Path:
 def stage_configs(cfg: Config) -> list[tuple[str, Config]]:
     """Return the stages of a config in their order, each a config of its own.
 
-    A config without ``stages`` is a single stage called "train".
+    A config without ``stages`` is a single stage called "train". What ``load_from`` names is the
+    first stage's start; the later ones start from the stage before.
+
+    Raises:
+        ValueError: If a later stage sets ``load_from``.
     """
     base = {key: value for key, value in cfg._to_lazy_dict().items() if key in STAGE_KEYS}
     stages = cfg._to_lazy_dict().get("stages") or {"train": {}}
-    return [
-        (name, Config(Config._merge_a_into_b(copy.deepcopy(overrides), copy.deepcopy(base))))
-        for name, overrides in stages.items()
-    ]
+    merged = []
+    for name, overrides in stages.items():
+        if merged:
+            if "load_from" in overrides:
+                raise ValueError(
+                    f"stages.{name}.load_from: only the first stage can start from other weights"
+                )
+            base.pop("load_from", None)
+        stage = Config._merge_a_into_b(copy.deepcopy(overrides), copy.deepcopy(base))
+        merged.append((name, Config(stage)))
+    return merged
 
 
 def save_config(cfg: Config, path: Path) -> None:
     """Write a config so that :func:`load_config` reads the same back; an atomic replacement."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.stem}.tmp.py")
     temporary.write_text(config_text(cfg), encoding="utf-8")
+    try:
+        load_config(temporary)
+    except (SyntaxError, NameError, TypeError) as error:
+        raise ValueError(
+            "the config holds a value that can't be written down and read again (a Path, a "
+            f"function, an infinite number); use plain values: {error}"
+        ) from error
     temporary.replace(path)
 
 
@@ -122,6 +143,12 @@ def config_text(cfg: Config) -> str:
         f"{key} = {pprint.pformat(value, sort_dicts=False, width=100)}\n"
         for key, value in cfg.to_dict().items()
     )
+
+
+def stage_text(cfg: Config) -> str:
+    """Return a stage's config as Python source, without what doesn't change its outcome."""
+    unimportant = ("logging", "checkpoint", "visualizer")
+    return config_text(Config({k: v for k, v in cfg.to_dict().items() if k not in unimportant}))
 
 
 def _from_file(path: Path) -> Config:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mmengine import registry as mmengine_registry
@@ -49,26 +49,48 @@ def build_from_config(
     if kind is None:
         raise ValueError(f"{registry.name}: 'type' is missing in {dict(cfg)}")
     if isinstance(kind, str):
-        found = registry.get(kind)
-        if found is None:
-            raise ValueError(
-                f"'{kind}' is not a {registry.name}; {nearest(kind, registry.names())}"
-            )
-        kind = found
+        kind = _found(kind, registry)
     elif not callable(kind):
         raise ValueError(f"{registry.name}: 'type' must be a class or a name, got {kind!r}")
-    _check_arguments(kind, arguments)
+    check_arguments(kind, arguments)
     return kind(**arguments)
 
 
-def _check_arguments(kind: Any, arguments: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(kind).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for name in arguments:
-        if name not in parameters:
-            hint = nearest(name, parameters)
-            raise ValueError(f"'{kind.__name__}' takes no argument '{name}'; {hint}")
+def check_arguments(
+    function: Callable[..., Any], arguments: Mapping[str, Any], *, where: str = ""
+) -> None:
+    """Check arguments that come from a config against what a class or function takes.
+
+    Args:
+        function: The class or function.
+        arguments: The arguments by name.
+        where: The config key they stand under; by default the function's name.
+
+    Raises:
+        ValueError: If one is unknown, with the nearest match, or a required one is missing.
+    """
+    parameters = inspect.signature(function).parameters
+    where = where or function.__name__
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in arguments:
+            if name not in parameters:
+                raise ValueError(
+                    f"'{where}' takes no argument '{name}'; {nearest(name, parameters)}"
+                )
+    named = (p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
+    if missing:
+        raise ValueError(f"'{where}' needs {', '.join(repr(name) for name in missing)}")
+
+
+def _found(name: str, registry: Registry) -> Callable[..., Any]:
+    try:
+        found = registry.get(name)
+    except (ImportError, RuntimeError):  # a dotted path that leads nowhere
+        found = None
+    if not callable(found):
+        raise ValueError(f"'{name}' is not a {registry.name}; {nearest(name, registry.names())}")
+    return found
 
 
 class Registry(MMEngineRegistry):

@@ -66,7 +66,8 @@ def tiny_options(tokenizer_folders, easy_vqa_root):
     return {
         "model.vision.backbone.weights": None,
         "model.vision.backbone.arch": ARCH,
-        "model.vision.select_layer": -1,
+        "model.vision.backbone.select_layer": -1,
+        "model.vision.backbone.grid": 4,
         "model.llm.weights": None,
         "model.llm.arch": llm,
         "model.llm.tokenizer": str(tokenizer_folders / "llm"),

@@ -17,9 +17,11 @@ def session(tiny_options) -> ChatSession:
 def test_follow_up_sees_the_conversation_but_the_first_context(session: ChatSession) -> None:
     prompts, contexts = [], []
     session.model.llm.model.register_forward_pre_hook(
-        lambda _m, _a, kwargs: prompts.append(kwargs["inputs_embeds"].shape[1])
-        if kwargs.get("inputs_embeds") is not None
-        else None,
+        lambda _m, _a, kwargs: (
+            prompts.append(kwargs["inputs_embeds"].shape[1])
+            if kwargs.get("inputs_embeds") is not None
+            else None
+        ),
         with_kwargs=True,
     )
     session.model.text_encoder.register_forward_hook(lambda _m, a, _o: contexts.append(a[0]))

@@ -12,8 +12,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("question", nargs="*", help="questions, asked in turn; none: type them")
     parser.add_argument("--image", action="append", default=[], help="an image; may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--device", default="cpu")
-    return parser.parse_args()
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    # Options may stand between the run and the questions.
+    return parser.parse_intermixed_args()
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Score a trained run on its config's benchmark, here or with other options."""
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 
@@ -25,20 +26,18 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the command line."""
     args = parse_args()
-    import torch
-
     from covft.checkpoints import load_run
     from covft.engine.results import evaluate_run
 
     for key in args.cfg_options or {}:
         if not key.startswith("evaluation."):
-            raise ValueError(
-                f"--cfg-options {key}: a trained run's evaluation.… can be changed only"
-            )
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run = load_run(args.run, device=device)
-    run.config.merge_from_dict(args.cfg_options or {})
-    evaluate_run(run, args.run)
+            raise ValueError(f"--cfg-options {key}: of a trained run only evaluation.* can change")
+    run = load_run(args.run, device=args.device)
+    options = args.cfg_options or {}
+    run.config.merge_from_dict(options)
+    # Other options give other results: they get files of their own.
+    digest = hashlib.sha256(repr(sorted(options.items())).encode()).hexdigest()[:8]
+    evaluate_run(run, args.run, tag=f"_{digest}" if options else "")
 
 
 if __name__ == "__main__":

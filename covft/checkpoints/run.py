@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
 
@@ -51,18 +52,42 @@ def stage_dir(work_dir: Path, name: str, *, num_stages: int) -> Path:
     return work_dir if num_stages == 1 else work_dir / name
 
 
-def load_run(path: str | Path, *, device: str = "cpu") -> Run:
+def run_weights(root: Path, config: Config) -> list[Path]:
+    """Return the weights files of a run's stages, in order, whether they exist or not."""
+    names = [name for name, _ in stage_configs(config)]
+    return [stage_dir(root, name, num_stages=len(names)) / WEIGHTS_NAME for name in names]
+
+
+def load_start(model: MLLM, stage: Config) -> None:
+    """Load what ``load_from`` names, if it is set: a file, a stage's folder, or a whole run."""
+    if not stage.get("load_from"):
+        return
+    path = Path(stage.load_from)
+    files = [path]
+    if (path / CONFIG_NAME).is_file():
+        files = run_weights(path, load_config(path / CONFIG_NAME))
+    for file in files:
+        load_weights(model, file)
+
+
+def best_device() -> str:
+    """Return "cuda" where there is a GPU, else "cpu"."""
+    # Not mmengine's get_device: it also names Apple's GPUs, on which float64 sums don't exist.
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_run(path: str | Path, *, device: str | None = None) -> Run:
     """Load the model of a finished run.
 
     Args:
         path: The run's folder, as given to ``tools/train.py --work-dir``.
-        device: Where to put the model.
+        device: Where to put the model; default: a GPU if there is one.
 
     Raises:
         FileNotFoundError: If the folder holds no run, or a stage isn't finished.
         ValueError: If weights and config don't fit.
     """
-    root = Path(path)
+    root = Path(path).resolve()
     config_file = root / CONFIG_NAME
     if not config_file.is_file():
         raise FileNotFoundError(
@@ -70,7 +95,7 @@ def load_run(path: str | Path, *, device: str = "cpu") -> Run:
         )
     config = load_config(config_file)
     stages = stage_configs(config)
-    files = [stage_dir(root, name, num_stages=len(stages)) / WEIGHTS_NAME for name, _ in stages]
+    files = run_weights(root, config)
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(
@@ -78,10 +103,11 @@ def load_run(path: str | Path, *, device: str = "cpu") -> Run:
                 f"`tools/train.py {config_file} --work-dir {root} --resume`"
             )
     model = build_model(stages[-1][1], seed=config.get("seed", 0))
-    if stages[0][1].get("load_from"):
-        load_weights(model, stages[0][1].load_from)
+    load_start(model, stages[0][1])
     # What a stage froze was left out of its file, and is in that of an earlier one.
     for file in files:
         load_weights(model, file)
     resize = stages[-1][1].train_dataset.get("resize")
-    return Run(model.to(device).eval(), InputSpec.of(model), config, tuple(files), resize)
+    return Run(
+        model.to(device or best_device()).eval(), InputSpec.of(model), config, tuple(files), resize
+    )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from covft.conversation import checked_turns
 from covft.datasets.annotations import image_paths
 from covft.datasets.instruct import InstructDataset
 from covft.datasets.prompts import Prompt, collate_prompts
@@ -32,7 +33,7 @@ class AnswerPreview:
         prompts, expected = [], []
         for index in self.indices:
             record = self.dataset.record(index)
-            turns = list(record["conversations"])
+            turns = checked_turns(record["conversations"], answered=True)
             try:
                 images = [load_image(self.dataset.image_root / p) for p in image_paths(record)]
             except ValueError:
@@ -56,4 +57,4 @@ class AnswerPreview:
 
 
 def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1]
+    return (text.strip().splitlines() or [""])[-1]

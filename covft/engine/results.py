@@ -13,11 +13,27 @@ from mmengine.logging import print_log
 
 from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.run import Run
-from covft.evaluation import evaluate, weights_fingerprint
+from covft.config import stage_configs
+from covft.evaluation import Benchmark, evaluate, weights_fingerprint
 from covft.registry import BENCHMARKS, nearest
 
 RESULTS_NAME = "results.json"
 _KEYS = {"benchmark", "blind", "batch_size", "compare_with"}
+
+
+def check_evaluation(cfg: Mapping[str, Any]) -> Benchmark:
+    """Return the benchmark that a config's ``evaluation`` asks for.
+
+    Raises:
+        ValueError: If it has an unknown key, no benchmark, or one that can't be built.
+    """
+    for key in cfg:
+        if key not in _KEYS:
+            raise ValueError(f"evaluation.{key} is unknown; {nearest(key, _KEYS)}")
+    if "benchmark" not in cfg:
+        raise ValueError("the config has no evaluation.benchmark")
+    benchmark: Benchmark = BENCHMARKS.build(cfg["benchmark"])
+    return benchmark
 
 
 def evaluate_run(
@@ -26,6 +42,7 @@ def evaluate_run(
     *,
     train_seconds: float | None = None,
     total_started: float | None = None,
+    tag: str = "",
 ) -> dict[str, Any]:
     """Score a run as its config's ``evaluation`` asks, write ``results.json`` and print it.
 
@@ -37,7 +54,10 @@ def evaluate_run(
         run: The run, loaded.
         work_dir: Its folder.
         train_seconds: How long its stages took; by default what an earlier evaluation wrote.
-        total_started: ``time.perf_counter()`` at the run's start.
+        total_started: ``time.perf_counter()`` at the run's start, put back by what earlier,
+            interrupted calls took.
+        tag: Put behind ``results`` and the names of the predictions' files: an evaluation with
+            other options doesn't replace the run's own.
 
     Returns:
         What ``results.json`` holds.
@@ -46,14 +66,10 @@ def evaluate_run(
         ValueError: If ``evaluation`` has an unknown key or no benchmark.
     """
     cfg = run.config.get("evaluation") or {}
-    for key in cfg:
-        if key not in _KEYS:
-            raise ValueError(f"evaluation.{key} is unknown; {nearest(key, _KEYS)}")
-    if "benchmark" not in cfg:
-        raise ValueError("the config has no evaluation.benchmark")
+    benchmark = check_evaluation(cfg)
     earlier = read_results(work_dir) or {}
     results: dict[str, Any] = {
-        **_scores(run, work_dir, cfg),
+        **_scores(run, work_dir, cfg, benchmark, tag),
         "train_seconds": earlier.get("train_seconds") if train_seconds is None else train_seconds,
         "total_seconds": earlier.get("total_seconds"),
         "num_threads": torch.get_num_threads(),
@@ -61,9 +77,16 @@ def evaluate_run(
     }
     if total_started is not None:
         results["total_seconds"] = time.perf_counter() - total_started
-    atomic_write_text(work_dir / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
-    names = [work_dir.name, *(cfg.get("compare_with") or [])]
-    print_log("\n" + comparison_table(work_dir.parent, names), logger="current")
+    path = work_dir.resolve() / RESULTS_NAME
+    if tag:
+        path = path.with_name(f"{path.stem}{tag}{path.suffix}")
+    atomic_write_text(path, json.dumps(results, indent=2) + "\n")
+    rows = {path.parent.name: results}
+    for name in cfg.get("compare_with") or []:
+        other = read_results(path.parent.parent / name)
+        if other is not None and name not in rows:
+            rows[name] = other
+    print_log("\n" + comparison_table(rows), logger="current")
     return results
 
 
@@ -73,13 +96,10 @@ def read_results(work_dir: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def comparison_table(root: Path, names: list[str]) -> str:
-    """Return the measured results of runs under ``root`` as a table; those without are left out."""
+def comparison_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the measured results of runs, by name, as a table."""
     lines = [f"{'run':<24}{'accuracy':>10}{'blind':>10}{'questions':>11}{'train time':>12}"]
-    for name in dict.fromkeys(names):
-        found = read_results(root / name)
-        if found is None:
-            continue
+    for name, found in rows.items():
         blind, seconds = found["blind_accuracy"], found["train_seconds"]
         lines.append(
             f"{name:<24}{found['accuracy']:>10.1%}"
@@ -89,9 +109,12 @@ def comparison_table(root: Path, names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _scores(run: Run, work_dir: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
-    benchmark = BENCHMARKS.build(cfg["benchmark"])
-    weights_id = weights_fingerprint(run.weights)
+def _scores(
+    run: Run, work_dir: Path, cfg: Mapping[str, Any], benchmark: Benchmark, tag: str
+) -> dict[str, Any]:
+    sources = run.model.weights_sources()
+    model_text = repr(stage_configs(run.config)[-1][1].model.to_dict())
+    weights_id = json.dumps([weights_fingerprint(run.weights), sources, model_text])
     scores = {}
     for blank in (False, True) if cfg.get("blind") else (False,):
         scores[blank] = evaluate(
@@ -103,6 +126,7 @@ def _scores(run: Run, work_dir: Path, cfg: Mapping[str, Any]) -> dict[str, Any]:
             batch_size=cfg.get("batch_size", 32),
             blank_images=blank,
             resize=run.resize,
+            tag=tag,
         )
     seen = scores[False]
     return {

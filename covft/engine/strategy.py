@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from mmengine import _strategy as mmengine_strategy
 from mmengine import registry as mmengine_registry
-from mmengine.device import get_device
 from mmengine.dist import is_distributed
 from mmengine.logging import MMLogger
 from torch import distributed, nn
 
+from covft.checkpoints.run import best_device
 from covft.engine.optimizer import AutocastOptimWrapper, build_optim_wrapper
 from covft.engine.schedule import PARAM_SCHEDULERS
 from covft.registry import Registry, nearest
@@ -106,7 +106,7 @@ class SingleDeviceStrategy(_OwnParts, mmengine_strategy.SingleDeviceStrategy):
     """One process: the GPU if there is one, or the CPU."""
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
-        return model.to(get_device())
+        return model.to(best_device())
 
 
 @STRATEGIES.register_module()
@@ -120,7 +120,7 @@ class DDPStrategy(_OwnParts, mmengine_strategy.DDPStrategy):
         # A text-only micro-batch doesn't reach the vision tower, so that the parameters a backward
         # finds differ from rank to rank.
         return nn.parallel.DistributedDataParallel(
-            model.to(get_device()),
+            model.to(best_device()),
             device_ids=[torch.cuda.current_device()] if torch.cuda.is_available() else None,
             broadcast_buffers=False,
             find_unused_parameters=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import time
 from collections.abc import Mapping
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
+from safetensors import safe_open
 
 from covft.checkpoints.atomic import atomic_write_text
-from covft.checkpoints.run import build_model, load_run, stage_dir
+from covft.checkpoints.run import build_model, load_run, load_start, stage_dir
 from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
-from covft.config import CONFIG_NAME, STAGE_KEYS, config_text, save_config, stage_configs
+from covft.config import CONFIG_NAME, STAGE_KEYS, save_config, stage_configs, stage_text
 from covft.datasets.collate import Collator
 from covft.datasets.instruct import InstructDataset
 from covft.datasets.spec import InputSpec
@@ -23,13 +25,13 @@ from covft.engine.checkpoint_hook import CheckpointHook
 from covft.engine.data import build_dataloader
 from covft.engine.preview import AnswerPreview
 from covft.engine.progress_hook import ProgressHook
-from covft.engine.results import evaluate_run
+from covft.engine.results import RESULTS_NAME, check_evaluation, evaluate_run
 from covft.engine.runner import Runner
 from covft.engine.sample_hooks import SampleLogHook
 from covft.engine.scalars_hook import SCALARS_NAME, read_scalars
 from covft.engine.strategy import setup_distributed
 from covft.models.mllm import MLLM
-from covft.registry import DATASETS
+from covft.registry import DATASETS, check_arguments
 
 #: Written beside a stage's weights: how long it took.
 TIMING_NAME = "timing.json"
@@ -56,7 +58,15 @@ def train(
     if cfg.get("num_threads"):
         torch.set_num_threads(cfg.num_threads)
     stages = stage_configs(cfg)
+    for _, stage in stages:
+        _check_complete(stage)
+    if cfg.get("evaluation"):
+        check_evaluation(cfg.evaluation)
     folders = [stage_dir(work_dir, name, num_stages=len(stages)) for name, _ in stages]
+    finished = [resume is True and (folder / WEIGHTS_NAME).is_file() for folder in folders]
+    for folder, (_, stage), done in zip(folders, stages, finished, strict=True):
+        if done:
+            _check_same_config(folder, stage)
     if isinstance(resume, str) and len(stages) > 1:
         raise ValueError(
             "--resume PATH works for a config of one stage; "
@@ -64,14 +74,16 @@ def train(
         )
     if is_main_process():
         work_dir.mkdir(parents=True, exist_ok=True)
-        if not resume and len(stages) > 1:
-            _set_aside(folders)
+        if not resume:
+            _set_aside([*(folders if len(stages) > 1 else []), work_dir / RESULTS_NAME])
         save_config(cfg, work_dir / CONFIG_NAME)
     barrier()
+    earlier_seconds = 0.0
     for index, (_, stage) in enumerate(stages):
-        finished = resume is True and (folders[index] / WEIGHTS_NAME).is_file()
-        if not finished:
-            _run_stage(
+        if finished[index]:
+            earlier_seconds += _stage_seconds(folders[index])
+        else:
+            earlier_seconds += _run_stage(
                 stage,
                 folders[index],
                 earlier=folders[:index],
@@ -80,9 +92,11 @@ def train(
                 launcher=launcher,
             )
     if cfg.get("evaluation") and is_main_process():
-        seconds = [json.loads((folder / TIMING_NAME).read_text())["seconds"] for folder in folders]
         evaluate_run(
-            load_run(work_dir), work_dir, train_seconds=sum(seconds), total_started=started
+            load_run(work_dir),
+            work_dir,
+            train_seconds=sum(_stage_seconds(folder) for folder in folders),
+            total_started=started - earlier_seconds,
         )
 
 
@@ -102,12 +116,11 @@ def _run_stage(
     seed: int,
     resume: bool | str,
     launcher: str,
-) -> None:
-    started = time.perf_counter()
-    _check_complete(stage)
+) -> float:
+    """Train a stage; return how many of its seconds earlier, interrupted calls took."""
     model = build_model(stage, seed=seed)
-    if stage.get("load_from"):
-        load_weights(model, stage.load_from)
+    started = time.perf_counter()  # after what a first build may have to download
+    load_start(model, stage)
     for weights in earlier:
         load_weights(model, weights)
     dataset = build_dataset(stage, model)
@@ -131,15 +144,17 @@ def _run_stage(
         launcher=launcher,
         seed=seed,
         visualizer=stage.get("visualizer"),
-        config_text=config_text(stage),
+        config_text=stage_text(stage),
     )
     before = _seconds_before(folder, runner.iter)
+    (folder / TIMING_NAME).unlink(missing_ok=True)
     runner.train()
     if is_main_process():
         seconds = before + time.perf_counter() - started
         timing = {"seconds": seconds, "steps": runner.iter, "threads": torch.get_num_threads()}
         atomic_write_text(folder / TIMING_NAME, json.dumps(timing) + "\n")
     barrier()
+    return before
 
 
 def _hooks(stage: Config, dataset: InstructDataset) -> list[Any]:
@@ -160,10 +175,39 @@ def _check_complete(stage: Config) -> None:
     for key in required:
         if not stage.get(key):
             raise ValueError(f"the config has no '{key}': {STAGE_KEYS[key]}")
+    check_arguments(
+        build_dataloader,
+        {"dataset": None, "collate_fn": None, **stage.train_dataloader},
+        where="train_dataloader",
+    )
+    check_arguments(CheckpointHook, stage.get("checkpoint") or {}, where="checkpoint")
     known = ("interval", "preview_interval")
     for key in stage.get("logging") or {}:
         if key not in known:
             raise ValueError(f"logging.{key} is unknown; known: {', '.join(known)}")
+
+
+def _check_same_config(folder: Path, stage: Config) -> None:
+    """Refuse to keep a finished stage of another config: config.py would tell of what never ran."""
+    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        trained = (file.metadata() or {}).get("config", "")
+    now = stage_text(stage)
+    if trained != now:
+        changes = difflib.unified_diff(trained.splitlines(), now.splitlines(), n=0, lineterm="")
+        shown = [line for line in changes if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+        raise ValueError(
+            f"{folder} is finished, but was trained with another config:\n"
+            + "\n".join(shown[:20])
+            + "\nResume with the config and --cfg-options of then, or choose another --work-dir."
+        )
+
+
+def _stage_seconds(folder: Path) -> float:
+    """Return how long a finished stage took; from its steps if it was killed at the very end."""
+    path = folder / TIMING_NAME
+    if path.is_file():
+        return float(json.loads(path.read_text(encoding="utf-8"))["seconds"])
+    return sum(record["seconds"] for record in read_scalars(folder / SCALARS_NAME))
 
 
 def _seconds_before(folder: Path, steps: int) -> float:
@@ -174,11 +218,11 @@ def _seconds_before(folder: Path, steps: int) -> float:
     return sum(record["seconds"] for record in read_scalars(path) if record["step"] <= steps)
 
 
-def _set_aside(folders: list[Path]) -> None:
-    """Rename an earlier run's stages, so that nothing of them is taken for this run's."""
+def _set_aside(paths: list[Path]) -> None:
+    """Rename an earlier run's stages and results, so that they aren't taken for this run's."""
     number = 1
-    while any(folder.with_name(f"{folder.name}.old{number}").exists() for folder in folders):
+    while any(path.with_name(f"{path.name}.old{number}").exists() for path in paths):
         number += 1
-    for folder in folders:
-        if folder.exists():
-            folder.replace(folder.with_name(f"{folder.name}.old{number}"))
+    for path in paths:
+        if path.exists():
+            path.replace(path.with_name(f"{path.name}.old{number}"))

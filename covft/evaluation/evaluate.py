@@ -12,6 +12,7 @@ from pathlib import Path
 from mmengine.logging import print_log
 from PIL import Image
 
+from covft.conversation import IMAGE_TOKEN
 from covft.datasets.prompts import Prompt, blank_like, collate_prompts
 from covft.datasets.spec import InputSpec
 from covft.datasets.transforms import load_image
@@ -47,6 +48,7 @@ def evaluate(
     batch_size: int = 32,
     blank_images: bool = False,
     resize: str | None = None,
+    tag: str = "",
 ) -> EvaluationResult:
     """Answer a benchmark's questions by greedy generation, and score the answers.
 
@@ -62,9 +64,10 @@ def evaluate(
         batch_size: Questions answered at a time.
         blank_images: Show mid-grey images instead: the blind baseline.
         resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
+        tag: Put behind the benchmark's name in the file's.
     """
     items = benchmark.items()
-    name = f"{benchmark.name}_blank" if blank_images else benchmark.name
+    name = benchmark.name + ("_blank" if blank_images else "") + tag
     identity = json.dumps(
         [weights_id, spec.template.name, resize, benchmark.max_new_tokens]
         + [[item.id, item.question, item.context, item.images] for item in items]
@@ -97,7 +100,8 @@ def weights_fingerprint(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -114,6 +118,8 @@ def _answer(
     for item in items:
         try:
             images = [load_image(path) for path in item.images]
+            if IMAGE_TOKEN in item.question:
+                raise ValueError(f"the question holds a literal {IMAGE_TOKEN}")
         except ValueError as error:
             predictions.add(item.id, "", error=str(error))
             continue

@@ -16,7 +16,7 @@ class Predictions:
 
     Args:
         path: The file. What is there is continued if its fingerprint is the same, and renamed to
-            ``*.old`` if not. A torn last line is cut off.
+            ``*.old1`` and so on if not. A torn last line is cut off.
         fingerprint: Identifies weights, questions and prompts.
 
     Attributes:
@@ -35,7 +35,7 @@ class Predictions:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = self._read()
         if whole is None and self.path.exists():
-            old = self.path.with_suffix(".jsonl.old")
+            old = _free_name(self.path)
             print_log(
                 f"{self.path} holds answers of other weights or questions; renamed to {old.name}",
                 logger="current",
@@ -78,11 +78,21 @@ class Predictions:
             return None
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        records = [json.loads(line) for line in content[:whole].splitlines()]
+        try:
+            records = [json.loads(line) for line in content[:whole].splitlines()]
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path} is damaged: {error}; remove it to ask its questions again"
+            ) from error
         if not records or records[0].get("fingerprint") != self.fingerprint:
             return None
-        for record in records[1:]:
-            self.answers[record["id"]] = record["prediction"]
-            if "error" in record:
-                self.errors[record["id"]] = record["error"]
+        # Items that couldn't be read are tried again: a disk may be back by now.
+        self.answers = {r["id"]: r["prediction"] for r in records[1:] if "error" not in r}
         return whole
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (old := path.with_name(f"{path.name}.old{number}")).exists():
+        number += 1
+    return old

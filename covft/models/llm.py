@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,7 +34,8 @@ class CausalLM(nn.Module):
         checkpointing: Recompute each layer's activations in the backward pass.
 
     Raises:
-        ValueError: If neither or both of ``weights`` and ``arch`` are given, or no tokenizer.
+        ValueError: If not exactly one of ``weights`` and ``arch`` is given, or the model changes its
+            logits after the output layer.
     """
 
     #: Template used when a config names none.
@@ -67,7 +69,11 @@ class CausalLM(nn.Module):
             AutoTokenizer.from_pretrained(str(resolve(source))) if source else None
         )
         self.template = template or self.default_template
+        # Without one of its own, generation is greedy, whatever a model's authors recommend.
+        self.model.generation_config = GenerationConfig()
+        _check_plain_logits(self.model.config)
         self.requires_grad_(not freeze)
+        self.checkpointing = checkpointing
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -105,3 +111,14 @@ class Phi3(CausalLM):
     """Phi-3, with InternVL2's "phi3-chat" template."""
 
     default_template = "phi3-chat"
+
+
+def _check_plain_logits(config: Any) -> None:
+    """Refuse models whose forward changes the logits: the loss is taken from the output layer."""
+    neutral = {"logits_scaling": 1, "logit_scale": 1, "final_logit_softcapping": None}
+    for name, value in neutral.items():
+        if getattr(config, name, value) != value:
+            raise ValueError(
+                f"{config.model_type} changes its logits ({name}={getattr(config, name)}), which "
+                "the loss wouldn't; use an LLM without such a setting"
+            )

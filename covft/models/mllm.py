@@ -19,7 +19,7 @@ from covft.models.llm import CausalLM
 from covft.models.projectors import Projector
 from covft.models.text_encoder import Context, TextEncoder
 from covft.models.vision.tower import VisionTower
-from covft.registry import LLMS, MODELS, PROJECTORS, TEXT_ENCODERS, VFT
+from covft.registry import LLMS, MODELS, PROJECTORS, TEXT_ENCODERS, VFT, check_arguments
 from covft.weights import source_of
 
 
@@ -58,6 +58,10 @@ class MLLM(nn.Module):
         template: str | None = None,
     ) -> None:
         super().__init__()
+        check_arguments(VisionTower, {"vft": None, **vision}, where="model.vision")
+        for name in ("in_dim", "out_dim", "num_tokens"):
+            if name in projector:
+                raise ValueError(f"model.projector.{name} is derived by the model; remove it")
         method = VFT.build(vision.get("vft", {"type": "Freeze"}))
         self.text_encoder: TextEncoder | None = None
         if method.needs_context:
@@ -99,7 +103,8 @@ class MLLM(nn.Module):
     def train(self, mode: bool = True) -> MLLM:
         """Set training mode, but leave frozen parts in eval mode."""
         super().train(mode)
-        if not any(parameter.requires_grad for parameter in self.llm.parameters()):
+        frozen = not any(parameter.requires_grad for parameter in self.llm.parameters())
+        if frozen and not self.llm.checkpointing:  # transformers recomputes in training mode only
             self.llm.eval()
         return self
 
@@ -152,6 +157,10 @@ class MLLM(nn.Module):
         sample_ids: Sequence[str] = (),
     ) -> Tensor:
         """Return the LLM's inputs, text and visual tokens merged, (B, T, H); see :meth:`forward`."""
+        if len(pixel_values) != len(image_to_sample):
+            raise ValueError(
+                f"{len(pixel_values)} images, but image_to_sample names {len(image_to_sample)}"
+            )
         self._check_counts(input_ids, image_to_sample, sample_ids)
         tokens = self.visual_tokens(pixel_values, image_to_sample, context_ids, context_mask)
         is_image = input_ids == IMAGE_TOKEN_ID

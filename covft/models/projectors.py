@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from covft.registry import PROJECTORS
@@ -67,12 +68,22 @@ class PixelShuffleProjector(Projector):
         out_dim: See :class:`Projector`.
         num_tokens: See :class:`Projector`; a square number.
         factor: Side of the square of features that becomes one token.
+        init_scale: Factor on the last layer's initial weights. An optimizer step changes larger
+            visual tokens less in proportion, so that short trainings bear a higher learning rate.
 
     Raises:
         ValueError: If the grid of features can't be divided by ``factor``.
     """
 
-    def __init__(self, *, in_dim: int, out_dim: int, num_tokens: int, factor: int = 2) -> None:
+    def __init__(
+        self,
+        *,
+        in_dim: int,
+        out_dim: int,
+        num_tokens: int,
+        factor: int = 2,
+        init_scale: float = 1.0,
+    ) -> None:
         grid = math.isqrt(num_tokens)
         if grid * grid != num_tokens or grid % factor:
             raise ValueError(
@@ -86,6 +97,8 @@ class PixelShuffleProjector(Projector):
         self.layers = nn.Sequential(
             nn.LayerNorm(wide), nn.Linear(wide, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim)
         )
+        with torch.no_grad():
+            self.layers[-1].weight.mul_(init_scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project (I, N, D) to (I, N / factor², H)."""

@@ -102,9 +102,7 @@ class CoMoE(nn.Module):
 
     def __init__(self, ffn: MLP, *, context_dim: int, num_experts: int, activation: str) -> None:
         super().__init__()
-        hidden, width = ffn.fc1.weight.shape
-        self.num_experts, self.expert_dim = num_experts, hidden
-        self.act = ffn.act
+        width = ffn.fc1.weight.shape[1]
         self.experts = WideExperts(ffn, num_experts)
         self.cve = CVE(width, context_dim, activation=activation).to(ffn.fc1.weight)
         self.gate = nn.Linear(context_dim, num_experts).to(ffn.fc1.weight)

@@ -71,7 +71,7 @@ def test_other_weights_never_mix(model: MLLM, easy_vqa_root: Path, tmp_path: Pat
     first = run(model, benchmark, tmp_path)
     before = first.predictions.read_bytes()
     second = run(model, benchmark, tmp_path, weights_id="other")
-    assert second.predictions.with_suffix(".jsonl.old").read_bytes() == before
+    assert second.predictions.with_name("easy_vqa.jsonl.old1").read_bytes() == before
     assert lines(second.predictions)[0] != json.loads(before.splitlines()[0])
 
 
@@ -87,9 +87,7 @@ def test_unreadable_images_count_as_wrong_and_are_listed(
     assert all(record["prediction"] == "" for record in listed)
 
 
-def test_blank_images_hide_the_picture(
-    model: MLLM, easy_vqa_root: Path, tmp_path: Path
-) -> None:
+def test_blank_images_hide_the_picture(model: MLLM, easy_vqa_root: Path, tmp_path: Path) -> None:
     seen: list[torch.Tensor] = []
     model.vision.register_forward_hook(lambda _m, args, _o: seen.append(args[0]))
     result = run(model, EasyVQA(root=str(easy_vqa_root), limit=4), tmp_path, blank_images=True)

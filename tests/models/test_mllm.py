@@ -9,6 +9,7 @@ from covft.datasets.prompts import Prompt, collate_prompts
 from covft.models import MLLM, PixelShuffleProjector
 from covft.registry import MODELS
 
+MEANS = {"CLIP": 0.481, "SigLIP": 0.5, "DINOv2": 0.485, "DINOv3": 0.485, "InternViT": 0.485}
 FAMILIES = ["CLIP", "SigLIP", "DINOv2", "DINOv3", "InternViT"]
 
 
@@ -164,10 +165,10 @@ def test_one_option_swaps_the_encoder_and_what_depends_on_it(tiny_options, famil
     }
     model = build(options)
     spec = InputSpec.of(model)
-    size = 8 * (16 if family == "SigLIP" else 8)
+    size = 4 * (16 if family == "SigLIP" else 8)
     assert type(model.vision.backbone).__name__ == family
-    assert spec.image.image_size == size and spec.num_image_tokens == 16
-    assert spec.image.mean == model.vision.backbone.mean
+    assert spec.image.image_size == size and spec.num_image_tokens == 4
+    assert spec.image.mean[0] == pytest.approx(MEANS[family], abs=1e-3)
     batch = make_batch(model, options)
     assert batch["pixel_values"].shape[-1] == size
     model.train()(**batch).loss_sum.backward()
@@ -187,3 +188,13 @@ def test_pixel_shuffle_order_and_odd_grids() -> None:
     ]
     with pytest.raises(ValueError, match="divisible by 2, got 49 features"):
         PixelShuffleProjector(in_dim=4, out_dim=4, num_tokens=49)
+
+
+def test_init_scale_enlarges_the_visual_tokens() -> None:
+    outputs = []
+    for init_scale in (1.0, 4.0):
+        torch.manual_seed(0)
+        projector = PixelShuffleProjector(in_dim=4, out_dim=8, num_tokens=16, init_scale=init_scale)
+        torch.nn.init.zeros_(projector.layers[-1].bias)
+        outputs.append(projector(torch.ones(1, 16, 4).cumsum(1)))
+    torch.testing.assert_close(outputs[1], 4 * outputs[0])

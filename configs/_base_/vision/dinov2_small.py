@@ -1,5 +1,5 @@
-"""DINOv2 ViT-S/14; a grid of 8 x 8 patches (112 px) is enough for pictures of one shape."""
+"""DINOv2 ViT-S/14 up to its ninth block; a grid of 6 x 6 patches (84 px) is enough for pictures of one shape."""
 
 from covft.models import DINOv2
 
-vision_backbone = dict(type=DINOv2, weights="pretrained", grid=8)
+vision_backbone = dict(type=DINOv2, weights="pretrained", grid=6, select_layer=9)

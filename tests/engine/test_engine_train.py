@@ -1,0 +1,211 @@
+"""Whole runs on the miniature: two stages, resume, results, bad data."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from covft.checkpoints import load_run
+from covft.config import load_config
+from covft.engine.results import evaluate_run
+from covft.engine.scalars_hook import ScalarsHook, read_scalars
+from covft.engine.train import train
+
+STAGES = ("pretrain", "finetune")
+
+
+def run(options, work_dir: Path, *, method: str = "covft", resume: bool = False) -> None:
+    train(load_config(f"quickstart_{method}", options), work_dir=work_dir, resume=resume)
+
+
+def losses(work_dir: Path) -> list[list[float]]:
+    return [[r["loss"] for r in read_scalars(work_dir / s / "scalars.jsonl")] for s in STAGES]
+
+
+def test_two_stages_and_their_results(tiny_options, tmp_path: Path) -> None:
+    work_dir = tmp_path / "quickstart_covft"
+    run(tiny_options, work_dir)
+    results = json.loads((work_dir / "results.json").read_text())
+    assert results["num_questions"] == 10
+    assert 0 <= results["accuracy"] <= 1 and 0 <= results["blind_accuracy"] <= 1
+    assert 0 < results["train_seconds"] < results["total_seconds"]
+    assert results["num_threads"] == torch.get_num_threads()
+    assert results["weights_source"] == dict.fromkeys(("vision", "llm", "text_encoder"), "random")
+    assert [len(stage) for stage in losses(work_dir)] == [3, 3]
+    pretrained = load_file(work_dir / "pretrain" / "weights.safetensors")
+    assert {name.split(".")[0] for name in pretrained} == {"projector"}
+    assert (work_dir / "finetune" / "loss_curve.png").stat().st_size > 1000
+    log = (work_dir / "finetune" / "train.log").read_text()
+    assert "training sample 0" in log and "generations after 0 steps" in log and "«" in log
+
+
+def test_stage_two_starts_from_stage_one(tiny_options, tmp_path: Path) -> None:
+    options = {
+        **tiny_options,
+        "optim_wrapper.optimizer.lr": 1e-12,
+        "optim_wrapper.lr.projector": 1e-12,
+    }
+    run(options, tmp_path)
+    one, two = (load_file(tmp_path / s / "weights.safetensors") for s in STAGES)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("where", STAGES)
+def test_interrupted_run_resumes_to_the_same_weights(
+    tiny_options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    run(tiny_options, tmp_path / "whole")
+    original = ScalarsHook.after_train_iter
+
+    def stop(self, runner, batch_idx, data_batch=None, outputs=None):
+        original(self, runner, batch_idx, data_batch, outputs)
+        if Path(runner.work_dir).name == where and batch_idx == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ScalarsHook, "after_train_iter", stop)
+        run(tiny_options, tmp_path / "cut")
+    assert not (tmp_path / "cut" / where / "weights.safetensors").exists()
+    run(tiny_options, tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for stage in STAGES:
+        expected, found = (
+            load_file(tmp_path / run_name / stage / "weights.safetensors")
+            for run_name in ("whole", "cut")
+        )
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_resume_of_a_finished_run_trains_nothing(tiny_options, tmp_path: Path) -> None:
+    run(tiny_options, tmp_path)
+    before = (tmp_path / "finetune" / "weights.safetensors").stat().st_mtime_ns
+    run(tiny_options, tmp_path, resume=True)
+    assert (tmp_path / "finetune" / "weights.safetensors").stat().st_mtime_ns == before
+
+
+def test_resume_with_another_config_than_a_finished_stage(tiny_options, tmp_path: Path) -> None:
+    run(tiny_options, tmp_path)
+    with pytest.raises(ValueError, match=r"another config:(.|\n)*max_iters(.|\n)*--work-dir"):
+        run({**tiny_options, "train_cfg.max_iters": 4}, tmp_path, resume=True)
+
+
+def test_kill_between_the_weights_and_their_timing(tiny_options, tmp_path: Path) -> None:
+    run(tiny_options, tmp_path)
+    (tmp_path / "finetune" / "timing.json").unlink()
+    (tmp_path / "results.json").unlink()
+    run(tiny_options, tmp_path, resume=True)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert 0 < results["train_seconds"] < results["total_seconds"]
+
+
+def test_a_run_starts_from_another_run(tiny_options, tmp_path: Path) -> None:
+    run(tiny_options, tmp_path / "first")
+    still = {"optim_wrapper.optimizer.lr": 1e-12, "optim_wrapper.lr.projector": 1e-12}
+    still["stages.pretrain.optim_wrapper.optimizer.lr"] = 1e-12
+    run(
+        {**tiny_options, **still, "load_from": str(tmp_path / "first")},
+        tmp_path / "second",
+        method="covft",
+    )
+    one, two = (
+        load_file(tmp_path / r / "finetune" / "weights.safetensors") for r in ("first", "second")
+    )
+    for name in one:
+        if name.startswith(("llm", "projector")):
+            torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-7)
+
+
+def test_fresh_run_in_a_used_folder_keeps_the_old_stages(tiny_options, tmp_path: Path) -> None:
+    run(tiny_options, tmp_path)
+    old = (tmp_path / "finetune" / "weights.safetensors").read_bytes()
+    run({**tiny_options, "seed": 5}, tmp_path)
+    assert (tmp_path / "finetune.old1" / "weights.safetensors").read_bytes() == old
+    assert (tmp_path / "finetune" / "weights.safetensors").read_bytes() != old
+
+
+def test_a_loaded_run_answers_like_the_trained_model(tiny_options, tmp_path: Path) -> None:
+    run(tiny_options, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    loaded = load_run(tmp_path)
+    predictions = tmp_path / "predictions" / "easy_vqa.jsonl"
+    before = predictions.read_text()
+    predictions.unlink()
+    again = evaluate_run(loaded, tmp_path)
+    assert predictions.read_text() == before
+    assert again["train_seconds"] == results["train_seconds"]
+    trained = load_file(tmp_path / "finetune" / "weights.safetensors")
+    own = loaded.model.state_dict()
+    assert all(torch.equal(own[name], value) for name, value in trained.items())
+
+
+def test_twins_are_printed_together(tiny_options, tmp_path: Path) -> None:
+    names = [f"quickstart_{method}" for method in ("covft", "freeze", "full")]
+    for method in ("covft", "freeze"):
+        run(tiny_options, tmp_path / f"quickstart_{method}", method=method)
+    log = (tmp_path / names[1] / "finetune" / "train.log").read_text()
+    rows = [line.split()[0] for line in log.splitlines() if line.startswith("quickstart_")]
+    assert rows == [names[1], names[0]]
+    frozen = load_file(tmp_path / "quickstart_freeze" / "finetune" / "weights.safetensors")
+    assert {name.split(".")[0] for name in frozen} == {"projector", "llm"}
+
+
+def test_unfinished_or_foreign_folders(tiny_options, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no run"):
+        load_run(tmp_path)
+    run(tiny_options, tmp_path / "r")
+    (tmp_path / "r" / "finetune" / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"isn't finished; continue it with .* --resume"):
+        load_run(tmp_path / "r")
+
+
+def test_nothing_more_is_left_out_than_was_planted(tiny_options, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    for number in range(6):
+        Image.new("RGB", (20, 20), (40 * number, 0, 0)).save(root / f"{number}.jpg")
+    (root / "3.jpg").write_bytes((root / "3.jpg").read_bytes()[:200])
+
+    def record(name: str, image: str | None, question: str = "<image>is it red?") -> dict:
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "yes"}]
+        return {"id": name, "conversations": turns, **({"image": image} if image else {})}
+
+    records = [
+        record("good0", "0.jpg"),
+        record("good1", "1.jpg"),
+        record("text", None, "is it red?"),
+        record("missing", "nowhere.jpg"),
+        record("truncated", "3.jpg"),
+        {"id": "empty", "image": "4.jpg", "conversations": []},
+        record("tags", "5.jpg", "<image><image>is it red?"),
+    ]
+    (root / "data.json").write_text(json.dumps(records))
+    options = {
+        **tiny_options,
+        "train_dataset": {
+            "_delete_": True,
+            "type": "InstructDataset",
+            "annotations": str(root / "data.json"),
+            "image_root": str(root),
+        },
+        "train_cfg.max_iters": 6,
+    }
+    run(options, tmp_path / "run")
+    listed = (tmp_path / "run" / "finetune" / "bad_samples.jsonl").read_text().splitlines()
+    found = {json.loads(line)["id"]: json.loads(line)["reason"] for line in listed}
+    assert len(listed) == 4 and set(found) == {"missing", "truncated", "empty", "tags"}
+    assert "nowhere.jpg" in found["missing"] and "can't be read" in found["truncated"]
+    assert "2 <image> tags but 1 images" in found["tags"]
+
+
+def test_unknown_logging_and_evaluation_keys(tiny_options, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="logging.intervall is unknown"):
+        run({**tiny_options, "logging.intervall": 3}, tmp_path / "a")
+    with pytest.raises(ValueError, match="evaluation.blnd is unknown; did you mean 'blind'"):
+        run({**tiny_options, "evaluation.blnd": True}, tmp_path / "b")
+    with pytest.raises(ValueError, match="'train_dataloader' takes no argument 'batchsize'"):
+        run({**tiny_options, "train_dataloader.batchsize": 3}, tmp_path / "c")
+    assert not any((tmp_path / name).exists() for name in "abc"), "found before anything is written"
