@@ -4,10 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from miniature import ARCH
 from PIL import Image
 from tokenizers_for_tests import bert_tokenizer, byte_level_tokenizer
 
-ARCH = dict(hidden_dim=32, depth=3, num_heads=4, mlp_dim=64, patch_size=8, image_size=32)
 QUESTIONS = [
     ("what color is the shape?", "{color}"),
     ("what shape is in the image?", "{shape}"),

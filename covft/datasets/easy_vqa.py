@@ -25,13 +25,20 @@ CAPTION_QUESTION = "<image>\nDescribe the image."
 
 
 def conversations(
-    root: str, split: str = "train", *, max_turns: int | None = None, seed: int = 0
+    root: str,
+    split: str = "train",
+    *,
+    balanced: bool = False,
+    max_turns: int | None = None,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Return the questions as records for :class:`InstructDataset`, those of an image together.
 
     Args:
         root: The data set's folder, to which images are relative.
         split: ``train`` or ``test``.
+        balanced: Use at most as many yes/no questions of an image as other ones; they are three
+            quarters of the set, and can often be guessed.
         max_turns: Questions of a conversation at most; images with more give several.
         seed: Of the questions' order.
 
@@ -42,7 +49,9 @@ def conversations(
         raise ValueError(f"max_turns must be positive or None, got {max_turns}")
     records = []
     for image_id, questions in _questions_by_image(root, split).items():
-        order = np.random.default_rng([seed, image_id]).permutation(len(questions))
+        order = np.random.default_rng([seed, image_id]).permutation(len(questions)).tolist()
+        if balanced:
+            order = _balanced(order, [answer for _, answer in questions])
         size = max_turns or len(order)
         for number, start in enumerate(range(0, len(order), size)):
             turns = []
@@ -53,6 +62,13 @@ def conversations(
                 turns.append({"from": "gpt", "value": answer})
             records.append(_record(split, image_id, number, turns))
     return records
+
+
+def _balanced(order: list[int], answers: list[str]) -> list[int]:
+    """Keep all questions without a yes/no answer, and the first yes/no ones, up to their number."""
+    closed = [index for index in order if answers[index] in ("yes", "no")]
+    dropped = set(closed[max(len(order) - len(closed), 1) :])
+    return [index for index in order if index not in dropped]
 
 
 def captions(root: str, split: str = "train") -> list[dict[str, Any]]:
@@ -94,6 +110,7 @@ class EasyVQADataset(InstructDataset):
         spec: The model's side.
         split: ``train`` or ``test``.
         kind: ``conversations``, or ``captions`` for training the projector.
+        balanced: As for :func:`conversations`; only for them.
         max_turns: Questions of a conversation at most; only for conversations.
         seed: Of the questions' order; only for conversations.
         resize: As for :class:`InstructDataset`.
@@ -111,6 +128,7 @@ class EasyVQADataset(InstructDataset):
         spec: InputSpec,
         split: str = "train",
         kind: Literal["conversations", "captions"] = "conversations",
+        balanced: bool | None = None,
         max_turns: int | None = None,
         seed: int | None = None,
         resize: str | None = None,
@@ -119,11 +137,15 @@ class EasyVQADataset(InstructDataset):
     ) -> None:
         root = str(dataset_root("easy-vqa")) if root is None else root
         if kind == "conversations":
-            found = conversations(root, split, max_turns=max_turns, seed=seed or 0)
+            found = conversations(
+                root, split, balanced=bool(balanced), max_turns=max_turns, seed=seed or 0
+            )
         elif kind != "captions":
             raise ValueError(f"kind must be 'conversations' or 'captions', got {kind!r}")
-        elif max_turns is not None or seed is not None:
-            raise ValueError("max_turns and seed have no effect on kind='captions'; remove them")
+        elif (balanced, max_turns, seed) != (None, None, None):
+            raise ValueError(
+                "balanced, max_turns and seed have no effect on kind='captions'; remove them"
+            )
         else:
             found = captions(root, split)
         super().__init__(

@@ -86,6 +86,7 @@ def train(
             earlier_seconds += _run_stage(
                 stage,
                 folders[index],
+                first_stage=stages[0][1],
                 earlier=folders[:index],
                 seed=cfg.get("seed", 0),
                 resume=resume,
@@ -112,6 +113,7 @@ def _run_stage(
     stage: Config,
     folder: Path,
     *,
+    first_stage: Config,
     earlier: list[Path],
     seed: int,
     resume: bool | str,
@@ -120,7 +122,7 @@ def _run_stage(
     """Train a stage; return how many of its seconds earlier, interrupted calls took."""
     model = build_model(stage, seed=seed)
     started = time.perf_counter()  # after what a first build may have to download
-    load_start(model, stage)
+    load_start(model, first_stage)
     for weights in earlier:
         load_weights(model, weights)
     dataset = build_dataset(stage, model)

@@ -30,12 +30,14 @@ class CausalLM(nn.Module):
         tokenizer: Folder or hub id of the tokenizer; by default that of ``weights``.
         template: Name of the conversation template that goes with this model.
         freeze: Whether its parameters are left as they are (stage 1 of LLaVA).
+        freeze_embeddings: Leave the token embeddings, and an output layer tied to them, alone:
+            in a small model they are a large part of each optimizer step, and change little.
         dtype: Parameter type, a torch name such as "float32" or "bfloat16".
         checkpointing: Recompute each layer's activations in the backward pass.
 
     Raises:
-        ValueError: If not exactly one of ``weights`` and ``arch`` is given, or the model changes its
-            logits after the output layer.
+        ValueError: If not exactly one of ``weights`` and ``arch`` is given, or the model
+            changes its logits after the output layer.
     """
 
     #: Template used when a config names none.
@@ -49,6 +51,7 @@ class CausalLM(nn.Module):
         tokenizer: str | None = None,
         template: str | None = None,
         freeze: bool = False,
+        freeze_embeddings: bool = False,
         dtype: str = "float32",
         checkpointing: bool = False,
     ) -> None:
@@ -73,6 +76,8 @@ class CausalLM(nn.Module):
         self.model.generation_config = GenerationConfig()
         _check_plain_logits(self.model.config)
         self.requires_grad_(not freeze)
+        if freeze_embeddings:
+            self.model.get_input_embeddings().requires_grad_(False)
         self.checkpointing = checkpointing
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})

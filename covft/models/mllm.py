@@ -156,7 +156,7 @@ class MLLM(nn.Module):
         context_mask: Tensor | None = None,
         sample_ids: Sequence[str] = (),
     ) -> Tensor:
-        """Return the LLM's inputs, text and visual tokens merged, (B, T, H); see :meth:`forward`."""
+        """Return the LLM's inputs, text and visual tokens merged, (B, T, H), see ``forward``."""
         if len(pixel_values) != len(image_to_sample):
             raise ValueError(
                 f"{len(pixel_values)} images, but image_to_sample names {len(image_to_sample)}"

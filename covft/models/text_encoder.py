@@ -45,7 +45,7 @@ class TextEncoder(nn.Module):
         max_length: Longest text in tokens; longer ones are truncated.
 
     Raises:
-        ValueError: If not exactly one of ``weights`` and ``arch`` is given, or an option is unknown.
+        ValueError: If not one of ``weights`` and ``arch`` is given, or an option is unknown.
     """
 
     def __init__(

@@ -173,7 +173,7 @@ class WideExperts(nn.Module):
             self.down_bias = nn.Parameter(ffn.fc2.bias.repeat(num_experts, 1))
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
-        """Return the experts' outputs for (I, N, D) tokens, summed with weights ``gates`` (I, E)."""
+        """Return the experts' outputs for (I, N, D) tokens, weighted by ``gates`` (I, E)."""
         hidden = self.act(F.linear(x, self.up, self.up_bias))
         hidden = hidden.unflatten(-1, (self.num_experts, -1)) * gates[:, None, :, None]
         return F.linear(hidden.flatten(-2), self.down) + (gates @ self.down_bias)[:, None]

@@ -1,12 +1,6 @@
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tokenizers_for_tests
-
 from tokenizers_for_tests import bert_tokenizer, byte_level_tokenizer
 
 from covft.conversation import get_template

@@ -98,3 +98,15 @@ def test_wrong_arguments(root, spec):
         EasyVQADataset(root, spec=spec, kind="captions", max_turns=2)
     with pytest.raises(ValueError, match="max_turns must be positive"):
         EasyVQADataset(root, spec=spec, max_turns=0)
+
+
+def test_balanced_keeps_open_questions_and_as_many_closed_ones(root):
+    kept = asked(conversations(root, balanced=True))
+    everything = Counter((f"train/images/{i}.png", q, a) for q, a, i in QUESTIONS)
+    assert kept < everything
+    for image in {image for image, *_ in everything}:
+        closed = [k for k in kept if k[0] == image and k[2] in ("yes", "no")]
+        opened = [k for k in everything if k[0] == image and k[2] not in ("yes", "no")]
+        available = [k for k in everything if k[0] == image and k[2] in ("yes", "no")]
+        assert all(k in kept for k in opened)
+        assert len(closed) == min(len(available), max(len(opened), 1))

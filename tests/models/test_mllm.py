@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import ARCH
+from miniature import ARCH
 
 from covft.config import load_config, stage_configs
 from covft.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -157,10 +157,9 @@ def test_frozen_parts_stay_in_eval_mode(tiny_options) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_option_swaps_the_encoder_and_what_depends_on_it(tiny_options, family: str) -> None:
-    arch = {key: value for key, value in ARCH.items() if key != "image_size"}
     options = {
         **tiny_options,
-        "model.vision.backbone.arch": {**arch, "patch_size": 16 if family == "SigLIP" else 8},
+        "model.vision.backbone.arch": {**ARCH, "patch_size": 16 if family == "SigLIP" else 8},
         "model.vision.backbone.type": family,
     }
     model = build(options)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from miniature import ARCH as MINIATURE
 from torch import Tensor, nn
 
 from covft.models.text_encoder import Context
@@ -8,7 +9,7 @@ from covft.models.vision.vit import MLP, ViTConfig
 from covft.vft import CoVFT
 from covft.vft.covft import CoMoE
 
-ARCH = dict(hidden_dim=32, depth=4, num_heads=4, mlp_dim=64, patch_size=8, image_size=32)
+ARCH = {**MINIATURE, "depth": 4}
 CONTEXT_DIM = 24
 FAMILIES = ["CLIP", "SigLIP", "DINOv2", "DINOv3", "InternViT"]
 

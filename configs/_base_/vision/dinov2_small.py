@@ -1,4 +1,4 @@
-"""DINOv2 ViT-S/14 up to its ninth block; a grid of 6 x 6 patches (84 px) is enough for pictures of one shape."""
+"""DINOv2 ViT-S/14 up to its ninth block, on 6 x 6 patches (84 px): enough for one shape."""
 
 from covft.models import DINOv2
 
