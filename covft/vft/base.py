@@ -16,7 +16,8 @@ class VFTMethod(ABC):
 
     A method edits the built and loaded encoder: it decides what trains (``requires_grad``),
     replaces submodules of blocks, and may bring a connector between encoder and projector.
-    Whatever it puts into a block gets the context as an argument: ``mlp(x, context)``, ``attn(x, context, rope)``.
+    Whatever it puts into a block gets the context as an argument: ``mlp(x, context)``,
+    ``attn(x, context, rope)``.
     """
 
     #: Whether the method's modules read the context; the text encoder is built only if so.
