@@ -109,7 +109,7 @@ def stage_configs(cfg: Config) -> list[tuple[str, Config]]:
     """
     base = {key: value for key, value in cfg._to_lazy_dict().items() if key in STAGE_KEYS}
     stages = cfg._to_lazy_dict().get("stages") or {"train": {}}
-    merged = []
+    merged: list[tuple[str, Config]] = []
     for name, overrides in stages.items():
         if merged:
             if "load_from" in overrides:

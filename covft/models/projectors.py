@@ -94,11 +94,10 @@ class PixelShuffleProjector(Projector):
         super().__init__(in_dim=in_dim, out_dim=out_dim, num_tokens=num_tokens // factor**2)
         self.factor, self.grid = factor, grid
         wide = in_dim * factor**2
-        self.layers = nn.Sequential(
-            nn.LayerNorm(wide), nn.Linear(wide, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim)
-        )
+        first, last = nn.Linear(wide, out_dim), nn.Linear(out_dim, out_dim)
+        self.layers = nn.Sequential(nn.LayerNorm(wide), first, nn.GELU(), last)
         with torch.no_grad():
-            self.layers[-1].weight.mul_(init_scale)
+            last.weight.mul_(init_scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """Project (I, N, D) to (I, N / factor², H)."""

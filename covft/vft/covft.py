@@ -203,6 +203,9 @@ class CVE(nn.Module):
         activation: Of the residual blocks.
     """
 
+    k_proj_text: Tensor
+    k_bias: Tensor
+
     def __init__(
         self, width: int, context_dim: int, *, num_heads: int = 4, activation: str = "quick_gelu"
     ) -> None:
