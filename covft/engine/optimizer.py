@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from mmengine import registry as mmengine_registry
+from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
@@ -108,7 +110,7 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> AutocastOpt
             :class:`AutocastOptimWrapper`.
 
     Raises:
-        ValueError: If nothing is trainable, or a prefix matches no trainable parameter.
+        ValueError: If nothing is trainable, or a prefix matches no parameter.
     """
     arguments = dict(cfg)
     optimizer_cfg = dict(arguments.pop("optimizer", None) or {})
@@ -148,7 +150,7 @@ def parameter_groups(
         Groups with ``name``, ``lr``, ``weight_decay`` and ``params``, pairs of name and parameter.
 
     Raises:
-        ValueError: If nothing is trainable, or a prefix matches no trainable parameter.
+        ValueError: If nothing is trainable, or a prefix matches no parameter.
     """
     named = [(n, p) for n, p in unwrapped(model).named_parameters() if p.requires_grad]
     if not named:
@@ -182,10 +184,13 @@ def _check_prefixes(prefix_lr: Mapping[str, float], model: nn.Module) -> None:
         if any(trainable and _has_prefix(name, prefix) for name, trainable in names.items()):
             continue
         if any(_has_prefix(name, prefix) for name in names):
-            raise ValueError(
-                f"optim_wrapper.lr: every parameter under '{prefix}' is frozen, so its learning "
-                "rate would be ignored; remove it, or train that part"
+            # No error: methods are compared under one config, and some freeze the encoder.
+            print_log(
+                f"optim_wrapper.lr: everything under '{prefix}' is frozen; its rate isn't used",
+                logger="current",
+                level=logging.WARNING,
             )
+            continue
         depth = prefix.count(".") + 1
         known = {".".join(n.split(".")[:depth]) for n, trainable in names.items() if trainable}
         hint = nearest(prefix, known)

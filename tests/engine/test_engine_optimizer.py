@@ -62,8 +62,11 @@ def test_weight_decay_is_none_unless_asked_for():
 def test_prefix_that_matches_nothing_is_explained():
     with pytest.raises(ValueError, match=r"starts with 'projektor'; did you mean 'projector'"):
         groups_of(ToyModel(), lr={"projektor": 1e-3})
-    with pytest.raises(ValueError, match=r"under 'embed' is frozen"):
-        groups_of(ToyModel(), lr={"embed": 1e-3})
+
+
+def test_rate_of_a_frozen_part_is_not_used():
+    """The encoder's rate stays in the config when a method freezes the encoder."""
+    assert "embed" not in groups_of(ToyModel(), lr={"embed": 1e-3})
 
 
 def test_model_without_trainable_parameter_is_refused():
