@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from covft.conversation import IMAGE_TOKEN, context_text
-from covft.datasets.prompts import Prompt, collate_prompts
+from covft.datasets.prompts import Prompt, generate_answers
 from covft.datasets.spec import InputSpec
 from covft.datasets.transforms import load_image
 from covft.models.mllm import MLLM
@@ -57,16 +57,8 @@ class ChatSession:
         tags = "" if self.turns else "<image>\n" * len(self.images)
         turns = [*self.turns, {"from": "human", "value": tags + question}]
         prompt = Prompt("chat", turns, self.images, context_text(turns[:1]))
-        batch = collate_prompts([prompt], self.spec, resize=self.resize)
-        on_device = {
-            key: value.to(self.model.device) if hasattr(value, "to") else value
-            for key, value in batch.items()
-        }
-        (new_ids,) = self.model.generate(
-            **on_device,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.spec.template.stop_token_ids(self.spec.tokenizer),
+        (answer,) = generate_answers(
+            self.model, [prompt], self.spec, max_new_tokens=max_new_tokens, resize=self.resize
         )
-        answer = self.spec.tokenizer.decode(new_ids, skip_special_tokens=True).strip()
         self.turns = [*turns, {"from": "gpt", "value": answer}]
         return answer

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from covft.conversation import IGNORE_INDEX, Turn, context_text, encode_prompt
 from covft.datasets.collate import Collator
 from covft.datasets.sample import Sample
 from covft.datasets.spec import InputSpec
 from covft.datasets.transforms import transform
+from covft.models.mllm import MLLM
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,32 @@ def collate_prompts(
     """
     batch = Collator(spec)([_sample(prompt, spec, resize) for prompt in prompts])
     return {key: value for key, value in batch.items() if key not in ("labels", "bad_samples")}
+
+
+def generate_answers(
+    model: MLLM,
+    prompts: Sequence[Prompt],
+    spec: InputSpec,
+    *,
+    max_new_tokens: int,
+    resize: str | None = None,
+) -> list[str]:
+    """Return a model's answers to prompts, generated greedily in one batch.
+
+    Args:
+        model: The model, in eval mode.
+        prompts: What to ask; at least one.
+        spec: The model's side.
+        max_new_tokens: Longest answer in tokens.
+        resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
+    """
+    batch: dict[str, Any] = {
+        key: value.to(model.device) if isinstance(value, Tensor) else value
+        for key, value in collate_prompts(prompts, spec, resize=resize).items()
+    }
+    stops = spec.template.stop_token_ids(spec.tokenizer)
+    new_ids = model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=stops)
+    return [spec.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
 
 
 def blank_like(image: Image.Image) -> Image.Image:

@@ -9,8 +9,9 @@ from torch import nn
 from covft.conversation import checked_turns
 from covft.datasets.annotations import image_paths
 from covft.datasets.instruct import InstructDataset
-from covft.datasets.prompts import Prompt, collate_prompts
+from covft.datasets.prompts import Prompt, generate_answers
 from covft.datasets.transforms import load_image
+from covft.models.mllm import MLLM
 
 
 class AnswerPreview:
@@ -42,17 +43,13 @@ class AnswerPreview:
             expected.append(turns[1]["value"])
         if not prompts:
             return []
-        batch = collate_prompts(prompts, spec, resize=self.dataset.resize)
-        device = next(model.parameters()).device
-        answers = model.generate(  # type: ignore[operator]
-            **{k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()},
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=spec.template.stop_token_ids(spec.tokenizer),
+        assert isinstance(model, MLLM)
+        answers = generate_answers(
+            model, prompts, spec, max_new_tokens=self.max_new_tokens, resize=self.dataset.resize
         )
         return [
-            f"{_last_line(p.turns[0]['value'])!r}: expected {answer!r}, "
-            f"generated {spec.tokenizer.decode(ids, skip_special_tokens=True).strip()!r}"
-            for p, answer, ids in zip(prompts, expected, answers, strict=True)
+            f"{_last_line(p.turns[0]['value'])!r}: expected {wanted!r}, generated {answer!r}"
+            for p, wanted, answer in zip(prompts, expected, answers, strict=True)
         ]
 
 

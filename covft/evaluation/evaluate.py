@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from PIL import Image
 
 from covft.conversation import IMAGE_TOKEN
-from covft.datasets.prompts import Prompt, blank_like, collate_prompts
+from covft.datasets.prompts import Prompt, blank_like, generate_answers
 from covft.datasets.spec import InputSpec
 from covft.datasets.transforms import load_image
 from covft.evaluation.benchmark import Benchmark, Item
@@ -126,19 +126,11 @@ def _answer(
         prompts.append(_prompt(item, [blank_like(i) for i in images] if blank_images else images))
     if not prompts:
         return
-    batch = collate_prompts(prompts, spec, resize=resize)
-    on_device = {
-        key: value.to(model.device) if hasattr(value, "to") else value
-        for key, value in batch.items()
-    }
-    new_ids = model.generate(
-        **on_device,
-        max_new_tokens=benchmark.max_new_tokens,
-        eos_token_id=spec.template.stop_token_ids(spec.tokenizer),
+    answers = generate_answers(
+        model, prompts, spec, max_new_tokens=benchmark.max_new_tokens, resize=resize
     )
-    for prompt, ids in zip(prompts, new_ids, strict=True):
-        text = spec.tokenizer.decode(ids, skip_special_tokens=True)
-        predictions.add(prompt.id, text.strip())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        predictions.add(prompt.id, answer)
 
 
 def _prompt(item: Item, images: Sequence[Image.Image]) -> Prompt:
