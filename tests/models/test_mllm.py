@@ -1,8 +1,10 @@
+import shutil
+
 import pytest
 import torch
 from miniature import ARCH
 
-from covft.config import load_config, stage_configs
+from covft.config import CONFIG_ROOT, load_config, stage_configs
 from covft.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
 from covft.datasets import Collator, EasyVQADataset, InputSpec
 from covft.datasets.prompts import Prompt, collate_prompts
@@ -173,6 +175,30 @@ def test_one_option_swaps_the_encoder_and_what_depends_on_it(tiny_options, famil
     model.train()(**batch).loss_sum.backward()
     grads = [p.grad for p in model.vision.parameters() if p.requires_grad]
     assert all(grad is not None for grad in grads) and any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("part", "family"),
+    [
+        ("clip_l_336", "CLIP"),
+        ("siglip_l_384", "SigLIP"),
+        ("dinov3_l_384", "DINOv3"),
+        ("internvit_300m_448", "InternViT"),
+    ],
+)
+def test_one_import_line_swaps_the_encoder(tiny_options, tmp_path, part: str, family: str) -> None:
+    shutil.copytree(CONFIG_ROOT, tmp_path / "configs")
+    recipe = tmp_path / "configs" / "quickstart_covft.py"
+    recipe.write_text(recipe.read_text().replace("dinov2_small", part))
+    model = MODELS.build(stage_configs(load_config(recipe, tiny_options))[-1][1].model)
+    assert type(model.vision.backbone).__name__ == family
+    batch = make_batch(model, tiny_options)
+    assert batch["pixel_values"].shape[-1] == 32 and InputSpec.of(model).num_image_tokens == 4
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    before = model.train()(**batch).loss_sum
+    before.backward()
+    optimizer.step()
+    assert model(**batch).loss_sum < before
 
 
 def test_pixel_shuffle_order_and_odd_grids() -> None:
