@@ -10,6 +10,7 @@ that are run one after the other, each starting from the weights of the one befo
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
 import importlib.metadata
 import importlib.util
@@ -149,6 +150,20 @@ def stage_text(cfg: Config) -> str:
     """Return a stage's config as Python source, without what doesn't change its outcome."""
     unimportant = ("logging", "checkpoint", "visualizer")
     return config_text(Config({k: v for k, v in cfg.to_dict().items() if k not in unimportant}))
+
+
+def changed_lines(before: str, now: str, *, limit: int = 20) -> list[str]:
+    """Return the lines in which two configs' texts differ, marked ``-`` and ``+``.
+
+    Args:
+        before: The older text.
+        now: The newer text.
+        limit: How many lines are shown; a last line counts the others.
+    """
+    diff = difflib.unified_diff(before.splitlines(), now.splitlines(), n=0, lineterm="")
+    changes = [line for line in diff if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+    rest = len(changes) - limit
+    return changes[:limit] + ([f"... {rest} more lines"] if rest > 0 else [])
 
 
 def _from_file(path: Path) -> Config:

@@ -8,7 +8,6 @@ is not taken from it.
 
 from __future__ import annotations
 
-import difflib
 import re
 import time
 import zipfile
@@ -28,6 +27,7 @@ from covft.checkpoints.trainable import (
     trainable_state_dict,
     unwrapped,
 )
+from covft.config import changed_lines
 from covft.engine.random_state import capture_random_state
 
 if TYPE_CHECKING:
@@ -203,16 +203,9 @@ def _restore_message_hub(hub: MessageHub, saved: Mapping[str, Any]) -> None:
 
 
 def _report_config_changes(runner: Runner, saved_text: str) -> None:
-    changes = [
-        line
-        for line in difflib.unified_diff(
-            saved_text.splitlines(), runner.config_text.splitlines(), n=0, lineterm=""
-        )
-        if line[:1] in "+-" and line[:3] not in ("+++", "---")
-    ]
+    changes = changed_lines(saved_text, runner.config_text)
     if changes:
-        shown = changes[:20] + ([f"... {len(changes) - 20} more lines"] if changes[20:] else [])
         runner.logger.warning(
             "the config has changed since the checkpoint was written; the one of now counts:\n"
-            + "\n".join(shown)
+            + "\n".join(changes)
         )

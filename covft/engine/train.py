@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import time
 from collections.abc import Mapping
@@ -17,7 +16,14 @@ from safetensors import safe_open
 from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.run import build_model, load_run, load_start, stage_dir
 from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
-from covft.config import CONFIG_NAME, STAGE_KEYS, save_config, stage_configs, stage_text
+from covft.config import (
+    CONFIG_NAME,
+    STAGE_KEYS,
+    changed_lines,
+    save_config,
+    stage_configs,
+    stage_text,
+)
 from covft.datasets.collate import Collator
 from covft.datasets.instruct import InstructDataset
 from covft.datasets.spec import InputSpec
@@ -195,11 +201,9 @@ def _check_same_config(folder: Path, stage: Config) -> None:
         trained = (file.metadata() or {}).get("config", "")
     now = stage_text(stage)
     if trained != now:
-        changes = difflib.unified_diff(trained.splitlines(), now.splitlines(), n=0, lineterm="")
-        shown = [line for line in changes if line[:1] in "+-" and line[:3] not in ("+++", "---")]
         raise ValueError(
             f"{folder} is finished, but was trained with another config:\n"
-            + "\n".join(shown[:20])
+            + "\n".join(changed_lines(trained, now))
             + "\nResume with the config and --cfg-options of then, or choose another --work-dir."
         )
 
