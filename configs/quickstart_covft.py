@@ -32,7 +32,7 @@ train_dataloader = dict(batch_size=4, group="length")
 train_cfg = dict(max_iters=110)
 optim_wrapper = dict(
     optimizer=dict(type=AdamW, lr=1e-4, betas=(0.9, 0.98), weight_decay=0.0),
-    lr={"vision": 2e-5},
+    lr={"vision": "method"},
     clip_grad=dict(max_norm=1.0),
 )
 param_scheduler = dict(type=CosineWarmup, warmup_ratio=0.05)

@@ -165,9 +165,10 @@ class TrainLoop(BaseLoop):
             return {**outputs, **self._skip(batches)}
         outputs["tokens"] = tokens
         used = [pair for pair in zip(batches, counts, strict=True) if pair[1]]
-        loss = self._backward(used, tokens)
-        grad_norm = self.runner.optim_wrapper.clip_gradients()
-        outputs["loss"], outputs["grad_norm"] = float(loss), float(grad_norm)
+        outputs["loss"], auxiliary = self._backward(used, tokens).tolist()
+        if auxiliary:
+            outputs["auxiliary_loss"] = auxiliary
+        outputs["grad_norm"] = float(self.runner.optim_wrapper.clip_gradients())
         if math.isfinite(outputs["loss"]) and math.isfinite(outputs["grad_norm"]):
             self.runner.optim_wrapper.step()
             self._bad_in_a_row = 0
@@ -178,7 +179,11 @@ class TrainLoop(BaseLoop):
         return outputs
 
     def _backward(self, used: Sequence[tuple[Batch, int]], tokens: int) -> Tensor:
-        """Add up the gradients of the token mean; return that mean over all processes."""
+        """Add up the gradients of the token mean.
+
+        Returns:
+            The means over all processes of the loss and of what the method adds to it, (2,).
+        """
         model, optim_wrapper = self.runner.model, self.runner.optim_wrapper
         device = next(model.parameters()).device
         sums = []
@@ -192,11 +197,11 @@ class TrainLoop(BaseLoop):
                     f"the model supervised {int(output.num_tokens)} tokens, the labels hold {count}"
                 )
                 # Processes' gradients are averaged, but what is wanted is their sum.
-                optim_wrapper.backward(output.loss_sum * (get_world_size() / tokens))
-            sums.append(output.loss_sum.detach())
-        total = torch.stack(sums).double().sum()
-        all_reduce(total)
-        return total / tokens
+                optim_wrapper.backward(_objective(output) * (get_world_size() / tokens))
+            sums.append(torch.stack([output.loss_sum.detach(), _auxiliary_sum(output).detach()]))
+        totals = torch.stack(sums).double().sum(0)
+        all_reduce(totals)
+        return totals / tokens
 
     def _skip(self, batches: Sequence[Batch]) -> dict[str, Any]:
         self.skipped_steps += 1
@@ -232,6 +237,17 @@ class TrainLoop(BaseLoop):
         hub = self.runner.message_hub
         hub.update_info_dict({"iter": self._iter, "max_iters": self.max_iters})
         hub.update_scalars({f"train/{name}": outputs[name] for name in ("loss", "grad_norm")})
+
+
+def _auxiliary_sum(output: Any) -> Tensor:
+    """Return what a method adds to the loss, weighted like the micro-batch's tokens, a scalar."""
+    if output.auxiliary is None:
+        return output.loss_sum.new_zeros(())
+    return output.auxiliary * output.num_tokens
+
+
+def _objective(output: Any) -> Tensor:
+    return output.loss_sum + _auxiliary_sum(output)
 
 
 def num_supervised(batch: Batch) -> int:

@@ -106,8 +106,8 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> AutocastOpt
     Args:
         model: The model, on its device, frozen where it is to be.
         cfg: ``optimizer`` (``dict(type="AdamW", lr=..., weight_decay=...)``), ``lr`` (a learning
-            rate per prefix of parameter names, the longest prefix wins), and the arguments of
-            :class:`AutocastOptimWrapper`.
+            rate per prefix of parameter names, the longest prefix wins; "method" stands for the
+            VFT method's own), and the arguments of :class:`AutocastOptimWrapper`.
 
     Raises:
         ValueError: If nothing is trainable, or a prefix matches no parameter.
@@ -122,7 +122,7 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> AutocastOpt
     groups = parameter_groups(
         model,
         lr=optimizer_cfg["lr"],
-        prefix_lr=arguments.pop("lr", None) or {},
+        prefix_lr=_resolve_rates(arguments.pop("lr", None) or {}, model),
         weight_decay=optimizer_cfg.get("weight_decay", 0.0),
     )
     kind = optimizer_cfg["type"]
@@ -172,6 +172,22 @@ def parameter_groups(
         )
         group["params"].append((name, parameter))
     return list(groups.values())
+
+
+def _resolve_rates(prefix_lr: Mapping[str, float | str], model: nn.Module) -> dict[str, float]:
+    """Put the VFT method's learning rate where a config says "method"."""
+    rates: dict[str, float] = {}
+    for prefix, rate in prefix_lr.items():
+        if isinstance(rate, str):
+            method = getattr(getattr(unwrapped(model), prefix, None), "vft", None)
+            if rate != "method" or method is None:
+                raise ValueError(
+                    f"optim_wrapper.lr['{prefix}'] must be a number, or 'method' for the vision "
+                    f"tower ('vision'), got '{rate}'"
+                )
+            rate = method.learning_rate
+        rates[prefix] = rate
+    return rates
 
 
 def _has_prefix(name: str, prefix: str) -> bool:

@@ -18,6 +18,7 @@ from covft.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
 from covft.models.llm import CausalLM
 from covft.models.projectors import Projector
 from covft.models.text_encoder import Context, TextEncoder
+from covft.models.vision.auxiliary_loss import collect_losses
 from covft.models.vision.tower import VisionTower
 from covft.registry import LLMS, MODELS, PROJECTORS, TEXT_ENCODERS, VFT, check_arguments
 from covft.weights import source_of
@@ -30,10 +31,13 @@ class LossOutput:
     Attributes:
         loss_sum: Cross-entropy summed over the supervised positions, a scalar in nats.
         num_tokens: Number of supervised positions.
+        auxiliary: What the VFT method adds to the loss, as a mean over the micro-batch's images
+            and already weighted; None if it adds nothing.
     """
 
     loss_sum: Tensor
     num_tokens: int
+    auxiliary: Tensor | None = None
 
 
 @MODELS.register_module()
@@ -135,9 +139,10 @@ class MLLM(nn.Module):
         Raises:
             ValueError: If images and placeholders of a sample don't agree in number.
         """
-        embeds = self.embeddings(
-            input_ids, pixel_values, image_to_sample, context_ids, context_mask, sample_ids
-        )
+        with collect_losses(self.vision) as auxiliary:
+            embeds = self.embeddings(
+                input_ids, pixel_values, image_to_sample, context_ids, context_mask, sample_ids
+            )
         states = self.llm.hidden_states(embeds, attention_mask)
         targets = labels[:, 1:]
         supervised = targets != IGNORE_INDEX
@@ -145,7 +150,8 @@ class MLLM(nn.Module):
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
         loss = F.cross_entropy(logits, targets[supervised], reduction="sum")
-        return LossOutput(loss, int(supervised.sum()))
+        extra = torch.stack(auxiliary).sum() if auxiliary else None
+        return LossOutput(loss, int(supervised.sum()), extra)
 
     def embeddings(
         self,

@@ -2,6 +2,6 @@
 
 from covft.vft.base import VFTMethod
 from covft.vft.covft import CoVFT
-from covft.vft.plain import Freeze, Full
+from covft.vft.plain import BitFit, Freeze, Full
 
-__all__ = ["CoVFT", "Freeze", "Full", "VFTMethod"]
+__all__ = ["BitFit", "CoVFT", "Freeze", "Full", "VFTMethod"]

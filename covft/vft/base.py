@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from covft.models.vision.backbone import VisionBackbone
     from covft.models.vision.tower import VisionTower
 
 
@@ -15,13 +16,19 @@ class VFTMethod(ABC):
     """A way to fine-tune a vision encoder.
 
     A method edits the built and loaded encoder: it decides what trains (``requires_grad``),
-    replaces submodules of blocks, and may bring a connector between encoder and projector.
-    Whatever it puts into a block gets the context as an argument: ``mlp(x, context)``,
-    ``attn(x, context, rope)``.
+    replaces submodules of blocks, or blocks, and may bring a connector between encoder and
+    projector. Whatever it puts into a block gets the context as an argument: ``mlp(x, context)``,
+    ``attn(x, context, rope)``, ``block(x, context, rope)``. Every trainable parameter must be part
+    of each forward, even one without images: distributed training waits for its gradient.
     """
 
     #: Whether the method's modules read the context; the text encoder is built only if so.
     needs_context: bool = False
+    #: Whether the features right after ``apply`` are the frozen encoder's.
+    identity_at_init: ClassVar[bool] = True
+    #: Learning rate of the method's parameters where a config asks for the method's own
+    #: (``optim_wrapper.lr={"vision": "method"}``); its source stands in the class's docstring.
+    learning_rate: float = 2e-5
 
     @abstractmethod
     def apply(self, tower: VisionTower) -> nn.Module | None:
@@ -30,3 +37,18 @@ class VFTMethod(ABC):
         Returns:
             A connector, called as ``connector(features, context)`` on (I, N, D), or None.
         """
+
+    def context_free_blocks(self, backbone: VisionBackbone) -> int:
+        """Return how many leading blocks have outputs that don't depend on the context."""
+        return len(backbone.blocks)
+
+    def plain_state_dict(self, backbone: VisionBackbone) -> dict[str, Tensor]:
+        """Return the tuned encoder as weights of the plain one, under the plain one's names.
+
+        Raises:
+            ValueError: If the method adds what a plain encoder can't hold.
+        """
+        raise ValueError(
+            f"an encoder tuned by {type(self).__name__} isn't a plain ViT: it can't be exported as "
+            "one. Freeze, Full, BitFit and LoRA can"
+        )

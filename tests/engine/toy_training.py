@@ -25,6 +25,7 @@ EXACT = ("step", "loss", "lr", "grad_norm", "tokens")
 class Loss:
     loss_sum: Tensor
     num_tokens: int
+    auxiliary: Tensor | None = None
 
 
 @dataclass

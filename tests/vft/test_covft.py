@@ -7,7 +7,7 @@ from covft.models.text_encoder import Context
 from covft.models.vision.tower import VisionTower
 from covft.models.vision.vit import MLP, ViTConfig
 from covft.vft import CoVFT
-from covft.vft.covft import CoMoE
+from covft.vft.comoe import CoMoE
 
 ARCH = {**MINIATURE, "depth": 4}
 CONTEXT_DIM = 24

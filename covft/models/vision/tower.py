@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from covft.models.vision.vit import Block
 from covft.registry import VFT, VISION_BACKBONES
 
 
@@ -89,13 +90,27 @@ class VisionTower(nn.Module):
     def train(self, mode: bool = True) -> VisionTower:
         """Set the mode, but leave what is wholly frozen in evaluation.
 
-        DropPath of a frozen encoder would only add noise to its features.
+        DropPath of a frozen block would only add noise to its features.
         """
         super().train(mode)
         for part in (self.backbone, self.connector):
             if part is not None and not any(p.requires_grad for p in part.parameters()):
                 part.eval()
+        for block in self.backbone.modules():
+            # Methods that tune a block tune at least its norms; the others only add to it.
+            if isinstance(block, Block) and not any(
+                p.requires_grad for norm in (block.norm1, block.norm2) for p in norm.parameters()
+            ):
+                block.drop_path.eval()
         return self
+
+    def export_state_dict(self) -> dict[str, Tensor]:
+        """Return the tuned encoder as a plain one, under the hub's names.
+
+        Raises:
+            ValueError: If the method adds what a plain encoder can't hold.
+        """
+        return self.backbone.export_state_dict(self.vft.plain_state_dict(self.backbone))
 
     def _normalise(self, pixel_values: Tensor) -> Tensor:
         size = self.backbone.image_spec.image_size
