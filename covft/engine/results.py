@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
+from torch import nn
 
 from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.run import Run
@@ -74,6 +75,7 @@ def evaluate_run(
         "total_seconds": earlier.get("total_seconds"),
         "num_threads": torch.get_num_threads(),
         "weights_source": run.model.weights_sources(),
+        "trainable_parameters": trainable_parameters(run.model),
     }
     if total_started is not None:
         results["total_seconds"] = time.perf_counter() - total_started
@@ -88,6 +90,15 @@ def evaluate_run(
             rows[name] = other
     print_log("\n" + comparison_table(rows), logger="current")
     return results
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, int]:
+    """Return how many trainable parameters each part of a model has."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        counts[part] = counts.get(part, 0) + parameter.numel() * parameter.requires_grad
+    return counts
 
 
 def read_results(work_dir: Path) -> dict[str, Any] | None:

@@ -179,3 +179,35 @@ def test_a_model_that_counts_other_tokens_is_a_bug(tmp_path):
 
     with pytest.raises(AssertionError, match="the model supervised"):
         toy_runner(tmp_path, model=Miscounting()).train()
+
+
+class WithAuxiliary(ToyModel):
+    """Adds a term to the loss: the mean over the micro-batch's samples of a weight's square."""
+
+    def forward(self, **batch):
+        output = super().forward(**batch)
+        return Loss(output.loss_sum, output.num_tokens, 0.1 * self.projector.weight.square().sum())
+
+
+def test_an_auxiliary_loss_is_added_and_logged_apart(tmp_path):
+    logs, steps = {}, {}
+    for name, kind in (("plain", ToyModel), ("auxiliary", WithAuxiliary)):
+        recorder = RecordGradients()
+        toy_runner(
+            tmp_path / name,
+            max_iters=1,
+            model=kind(dropout=0.0).double(),
+            dataloader=toy_dataloader(batch_size=2, accumulation=4),
+            optim_wrapper=SGD,
+            train_cfg={"accumulation": 4},
+            hooks=[recorder],
+        ).train()
+        steps[name] = recorder.steps[0]
+        (logs[name],) = read_scalars(tmp_path / name / "scalars.jsonl")
+    weight = ToyModel().double().projector.weight.detach()
+    difference = steps["auxiliary"]["projector.weight"] - steps["plain"]["projector.weight"]
+    torch.testing.assert_close(difference, 0.2 * weight, rtol=1e-10, atol=1e-12)
+    assert logs["auxiliary"]["loss"] == pytest.approx(logs["plain"]["loss"], rel=1e-12)
+    expected = 0.1 * weight.square().sum().item()
+    assert logs["auxiliary"]["auxiliary_loss"] == pytest.approx(expected, rel=1e-10)
+    assert "auxiliary_loss" not in logs["plain"]

@@ -9,6 +9,7 @@ from toy_training import ToyModel, toy_runner
 from covft.engine import build_optim_wrapper
 from covft.engine.optimizer import has_native_bf16, parameter_groups
 from covft.engine.schedule import CosineWarmup
+from covft.vft import BitFit
 
 torch.set_num_threads(1)
 ADAMW = {"type": "AdamW", "lr": 2e-5}
@@ -188,3 +189,13 @@ def test_ratio_is_rounded_up_and_fits_the_shortest_run():
 def test_schedules_that_make_no_sense_are_refused(tmp_path, schedule, message):
     with pytest.raises(ValueError, match=message):
         toy_runner(tmp_path, param_scheduler={"type": "CosineWarmup", **schedule})
+
+
+def test_a_methods_own_learning_rate():
+    model = ToyModel()
+    with pytest.raises(ValueError, match=r"lr\['projector'\] must be a number, or 'method'"):
+        groups_of(model, lr={"projector": "method"})
+    model.vision.vft = BitFit()
+    with pytest.raises(ValueError, match="got 'methd'"):
+        groups_of(model, lr={"vision": "methd"})
+    assert groups_of(model, lr={"vision": "method"})["vision"]["lr"] == BitFit.learning_rate

@@ -1,0 +1,152 @@
+"""Several runs of one config that differ in the VFT method: what they share, and their table."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.logging import print_log
+from safetensors import safe_open
+
+from covft.checkpoints.atomic import atomic_write_text
+from covft.checkpoints.run import stage_dir
+from covft.checkpoints.trainable import WEIGHTS_NAME
+from covft.config import load_config, stage_configs, stage_text
+from covft.engine.results import read_results
+from covft.engine.scalars_hook import SCALARS_NAME
+from covft.engine.train import TIMING_NAME, train
+from covft.registry import VFT
+
+#: Beside the runs: their table, and all their results.
+TABLE_NAME, RESULTS_NAME = "methods.md", "methods.json"
+
+
+def all_methods() -> list[str]:
+    """Return the names of the registered methods, each once."""
+    return sorted({VFT.get(name).__name__ for name in VFT.names()})
+
+
+def compare_methods(
+    config: str | Path,
+    methods: Sequence[str],
+    *,
+    work_dir: Path,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """Train and score a config with each method; what is finished already is kept.
+
+    Args:
+        config: A config file, or the name of one; it must have ``evaluation``.
+        methods: Names of methods, with their default options.
+        work_dir: Where a run per method is written, and their table.
+        options: Further changes of the config, the same for all methods.
+
+    Returns:
+        The table of all finished runs in ``work_dir``, see :func:`methods_table`.
+
+    Raises:
+        ValueError: If the config scores nothing, or doesn't go with a method.
+    """
+    for method in methods:
+        cfg = load_config(config, {**(options or {}), "model.vision.vft.type": method})
+        if not cfg.get("evaluation"):
+            raise ValueError(f"{config} has no 'evaluation', so there is nothing to compare")
+        for stage in share_stages(cfg, work_dir / method, _runs(work_dir)):
+            print_log(f"{method}: stage '{stage}' is the same for all methods; taken as trained")
+        train(cfg, work_dir=work_dir / method, resume=True)
+    results = {run.name: found for run in _runs(work_dir) if (found := read_results(run))}
+    table = methods_table(results)
+    atomic_write_text(work_dir / TABLE_NAME, table + "\n")
+    atomic_write_text(work_dir / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
+    return table
+
+
+def share_stages(cfg: Config, work_dir: Path, others: Sequence[Path]) -> list[str]:
+    """Take a run's first stages from other runs that trained the same ones.
+
+    A stage is the same if its config is, and those of the stages before it are. What the run
+    already has is left alone.
+
+    Args:
+        cfg: The run's config.
+        work_dir: The run's folder.
+        others: Folders of runs of the same seed.
+
+    Returns:
+        The names of the stages that were taken.
+    """
+    stages = stage_configs(cfg)
+    names = [name for name, _ in stages]
+    taken: list[str] = []
+    # The last stage is the run itself; runs of a single stage keep it in the run's folder.
+    for index, name in enumerate(names[:-1]):
+        folder = stage_dir(work_dir, name, num_stages=len(stages))
+        if (folder / WEIGHTS_NAME).is_file():
+            continue
+        texts = [stage_text(earlier) for _, earlier in stages[: index + 1]]
+        source = next((run for run in others if _has_trained(run, names, texts)), None)
+        if source is None:
+            break
+        _link(source / name, folder)
+        taken.append(name)
+    return taken
+
+
+def methods_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the results of runs, by method, as a Markdown table, the best first."""
+    metrics = sorted(
+        {key for found in results.values() for key in found if key.endswith("accuracy")},
+        key=lambda key: (key != "accuracy", key),
+    )
+    lines = [
+        f"| method | {' | '.join(key.replace('_', ' ') for key in metrics)} | questions |"
+        " trainable in vision | training |",
+        "|---|" + "---|" * (len(metrics) + 3),
+    ]
+    for method, found in sorted(results.items(), key=lambda row: -row[1]["accuracy"]):
+        scores = [found.get(key) for key in metrics]
+        cells = ["-" if score is None else f"{score:.1%}" for score in scores]
+        vision = found.get("trainable_parameters", {}).get("vision")
+        seconds = found["train_seconds"]
+        cells += [
+            str(found["num_questions"]),
+            "-" if vision is None else f"{vision:,}",
+            "-" if seconds is None else f"{seconds:.0f} s",
+        ]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _runs(work_dir: Path) -> list[Path]:
+    return sorted(path for path in work_dir.glob("*") if path.is_dir())
+
+
+def _has_trained(run: Path, names: Sequence[str], texts: Sequence[str]) -> bool:
+    for name, text in zip(names, texts, strict=False):
+        weights = run / name / WEIGHTS_NAME
+        if not weights.is_file():
+            return False
+        with safe_open(weights, framework="pt") as file:
+            if (file.metadata() or {}).get("config") != text:
+                return False
+    return True
+
+
+def _link(source: Path, folder: Path) -> None:
+    """Give a run a finished stage of another; the weights come last, they mark it as finished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (SCALARS_NAME, TIMING_NAME, WEIGHTS_NAME):
+        if not (source / name).is_file():
+            continue
+        (folder / name).unlink(missing_ok=True)
+        try:
+            os.link(source / name, folder / name)
+        except OSError:  # another file system, or one without hard links
+            partial = folder / f".{name}.partial"
+            shutil.copyfile(source / name, partial)
+            partial.replace(folder / name)
