@@ -12,13 +12,15 @@ from covft.datasets.prompts import Prompt, generate_answers
 from covft.datasets.spec import InputSpec
 from covft.datasets.transforms import load_image
 from covft.models.mllm import MLLM
+from covft.models.vision.feature_cache import FeatureCache
 
 
 class ChatSession:
     """Asks a model one question after another about the same images.
 
     The context of context-aware methods is the first question, for the whole session: another
-    context changes the visual tokens and so what the earlier answers were about.
+    context changes the visual tokens and so what the earlier answers were about. What the encoder
+    computes without the context is kept for the session's further questions.
 
     Args:
         model: The model, in eval mode.
@@ -41,6 +43,7 @@ class ChatSession:
         self.model, self.spec, self.resize = model, spec, resize
         self.images = [i if isinstance(i, Image.Image) else load_image(i) for i in images]
         self.turns: list[dict[str, str]] = []
+        self._feature_cache = FeatureCache()
 
     def ask(self, question: str, *, max_new_tokens: int = 128) -> str:
         """Return the model's answer, and remember both for the next question.
@@ -58,7 +61,12 @@ class ChatSession:
         turns = [*self.turns, {"from": "human", "value": tags + question}]
         prompt = Prompt("chat", turns, self.images, context_text(turns[:1]))
         (answer,) = generate_answers(
-            self.model, [prompt], self.spec, max_new_tokens=max_new_tokens, resize=self.resize
+            self.model,
+            [prompt],
+            self.spec,
+            max_new_tokens=max_new_tokens,
+            resize=self.resize,
+            feature_cache=self._feature_cache,
         )
         self.turns = [*turns, {"from": "gpt", "value": answer}]
         return answer

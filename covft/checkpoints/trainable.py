@@ -86,8 +86,22 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         {name: value.shape for name, value in own.items() if name in loaded},
         source=str(file),
     )
+    _check_tied(own, loaded, source=str(file))
     copy_into(own, loaded)
     return sorted(loaded)
+
+
+def _check_tied(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], *, source: str) -> None:
+    """Refuse different values for names that are one tensor in the model: the last would win."""
+    first: dict[tuple[int, int], str] = {}
+    for name, value in loaded.items():
+        place = (own[name].data_ptr(), own[name].numel())
+        other = first.setdefault(place, name)
+        if value.numel() and not torch.equal(value, loaded[other]):
+            raise ValueError(
+                f"{source} holds different values for {other} and {name}, which the model shares; "
+                "build the model without sharing (such as vft.shared_cve), as the file's was"
+            )
 
 
 def copy_into(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:

@@ -69,6 +69,7 @@ class Collator:
         encoded = tokenizer(
             texts,
             padding=True,
+            padding_side="right",  # Llama's pad on the left; the first token may stand for all
             truncation=True,
             max_length=self.spec.max_context_length,
             return_tensors="pt",

@@ -16,6 +16,7 @@ from covft.datasets.sample import Sample
 from covft.datasets.spec import InputSpec
 from covft.datasets.transforms import transform
 from covft.models.mllm import MLLM
+from covft.models.vision.feature_cache import FeatureCache
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def generate_answers(
     *,
     max_new_tokens: int,
     resize: str | None = None,
+    feature_cache: FeatureCache | None = None,
 ) -> list[str]:
     """Return a model's answers to prompts, generated greedily in one batch.
 
@@ -65,13 +67,16 @@ def generate_answers(
         spec: The model's side.
         max_new_tokens: Longest answer in tokens.
         resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
+        feature_cache: Kept by the caller where several batches ask about the same images.
     """
     batch: dict[str, Any] = {
         key: value.to(model.device) if isinstance(value, Tensor) else value
         for key, value in collate_prompts(prompts, spec, resize=resize).items()
     }
     stops = spec.template.stop_token_ids(spec.tokenizer)
-    new_ids = model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=stops)
+    new_ids = model.generate(
+        **batch, feature_cache=feature_cache, max_new_tokens=max_new_tokens, eos_token_id=stops
+    )
     return [spec.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
 
 

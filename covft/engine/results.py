@@ -16,10 +16,11 @@ from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.run import Run
 from covft.config import stage_configs
 from covft.evaluation import Benchmark, evaluate, weights_fingerprint
+from covft.models.vision.feature_cache import DEFAULT_MAX_BYTES
 from covft.registry import BENCHMARKS, nearest
 
 RESULTS_NAME = "results.json"
-_KEYS = {"benchmark", "blind", "batch_size", "compare_with"}
+_KEYS = {"benchmark", "blind", "batch_size", "feature_cache_bytes", "compare_with"}
 
 
 def check_evaluation(cfg: Mapping[str, Any]) -> Benchmark:
@@ -48,8 +49,9 @@ def evaluate_run(
     """Score a run as its config's ``evaluation`` asks, write ``results.json`` and print it.
 
     ``evaluation`` holds ``benchmark`` (a benchmark's config), ``blind`` (whether to score grey
-    images too), ``batch_size``, and ``compare_with``: names of runs beside this one whose measured
-    results are printed with it if they are there.
+    images too), ``batch_size`` and ``feature_cache_bytes`` (see :func:`covft.evaluation.evaluate`),
+    and ``compare_with``: names of runs beside this one whose measured results are printed with it
+    if they are there.
 
     Args:
         run: The run, loaded.
@@ -135,6 +137,7 @@ def _scores(
             work_dir,
             weights_id=weights_id,
             batch_size=cfg.get("batch_size", 32),
+            feature_cache_bytes=cfg.get("feature_cache_bytes", DEFAULT_MAX_BYTES),
             blank_images=blank,
             resize=run.resize,
             tag=tag,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from covft.datasets.transforms import load_image
 from covft.evaluation.benchmark import Benchmark, Item
 from covft.evaluation.predictions import Predictions
 from covft.models.mllm import MLLM
+from covft.models.vision.feature_cache import DEFAULT_MAX_BYTES, FeatureCache
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def evaluate(
     blank_images: bool = False,
     resize: str | None = None,
     tag: str = "",
+    feature_cache_bytes: int = DEFAULT_MAX_BYTES,
 ) -> EvaluationResult:
     """Answer a benchmark's questions by greedy generation, and score the answers.
 
@@ -65,7 +68,15 @@ def evaluate(
         blank_images: Show mid-grey images instead: the blind baseline.
         resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
         tag: Put behind the benchmark's name in the file's.
+        feature_cache_bytes: Memory for tokens of images that several questions are about, on the
+            model's device; 0 encodes an image anew for every question. Results are equal up to the
+            rounding that depends on how images are batched.
+
+    Raises:
+        ValueError: If ``feature_cache_bytes`` is negative, or too little for a single image.
     """
+    cache = FeatureCache(max_bytes=feature_cache_bytes) if feature_cache_bytes else None
+    max_images = None if cache is None else cache.max_bytes // model.vision.cached_bytes
     items = benchmark.items()
     name = benchmark.name + ("_blank" if blank_images else "") + tag
     identity = json.dumps(
@@ -74,12 +85,12 @@ def evaluate(
     )
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     with Predictions(work_dir / "predictions" / f"{name}.jsonl", fingerprint) as predictions:
-        todo = [item for item in items if item.id not in predictions.answers]
-        # Prompts of one length need no padding; the answers are kept by id.
-        todo.sort(key=lambda item: len(item.question))
+        todo = answering_order(
+            [item for item in items if item.id not in predictions.answers], max_images=max_images
+        )
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            _answer(model, spec, batch, benchmark, predictions, blank_images, resize)
+            _answer(model, spec, batch, benchmark, predictions, blank_images, resize, cache)
             done, before = len(predictions.answers), len(predictions.answers) - len(batch)
             if done * 4 // len(items) > before * 4 // len(items):
                 print_log(f"{name}: {done} of {len(items)} questions answered", logger="current")
@@ -93,6 +104,37 @@ def evaluate(
             level=logging.WARNING,
         )
     return EvaluationResult(benchmark.score(answers), len(items), unreadable, predictions.path)
+
+
+def answering_order(items: Sequence[Item], *, max_images: int | None) -> list[Item]:
+    """Order questions so that a batch's are of similar length, and an image's near each other.
+
+    Prompts of one length need no padding. Where a cache can't hold all images, they are taken in
+    groups that it can hold. Questions are sorted within a group only, up and down in turn, so that
+    batches across two groups have similar lengths, too.
+
+    Args:
+        items: The questions.
+        max_images: Images that the cache can hold; None if there is no cache.
+    """
+    by_images: dict[tuple[str, ...], list[Item]] = defaultdict(list)
+    for item in items:
+        by_images[item.images].append(item)
+    groups: list[list[Item]] = [[]]
+    held: set[str] = set()
+    for images, about_them in by_images.items():
+        total = len(held) + len(set(images) - held)
+        if max_images is not None and groups[-1] and total > max_images:
+            groups.append([])
+            held = set()
+        held.update(images)
+        groups[-1] += about_them
+    ordered: list[Item] = []
+    for number, group in enumerate(groups):
+        ordered += sorted(
+            group, key=lambda i: (len(i.images), len(i.question)), reverse=number % 2 == 1
+        )
+    return ordered
 
 
 def weights_fingerprint(files: Sequence[Path]) -> str:
@@ -113,6 +155,7 @@ def _answer(
     predictions: Predictions,
     blank_images: bool,
     resize: str | None,
+    cache: FeatureCache | None,
 ) -> None:
     prompts = []
     for item in items:
@@ -127,7 +170,12 @@ def _answer(
     if not prompts:
         return
     answers = generate_answers(
-        model, prompts, spec, max_new_tokens=benchmark.max_new_tokens, resize=resize
+        model,
+        prompts,
+        spec,
+        max_new_tokens=benchmark.max_new_tokens,
+        resize=resize,
+        feature_cache=cache,
     )
     for prompt, answer in zip(prompts, answers, strict=True):
         predictions.add(prompt.id, answer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from covft.models.hub_variants import HubVariant, find_origin
 from covft.registry import LLMS
 from covft.weights import resolve
 
@@ -25,9 +26,12 @@ class CausalLM(nn.Module):
     """Any causal LM of transformers, with its tokenizer.
 
     Args:
-        weights: A folder or hub id with weights, tokenizer and config; or None for random weights.
-        arch: Config of the model (``model_type`` and its fields) where ``weights`` is None.
-        tokenizer: Folder or hub id of the tokenizer; by default that of ``weights``.
+        weights: None (random), ``pretrained`` (those of the variant that ``arch`` names), or a
+            folder or hub id with weights, tokenizer and config.
+        arch: A name in ``variants``; or, where ``weights`` is None, a transformers config
+            (``model_type`` and its fields). Left out, the weights' config.json decides.
+        tokenizer: Folder or hub id of the tokenizer; by default that of ``weights``. A model
+            without either can be built, but not be fed.
         template: Name of the conversation template that goes with this model.
         freeze: Whether its parameters are left as they are (stage 1 of LLaVA).
         freeze_embeddings: Leave the token embeddings, and an output layer tied to them, alone:
@@ -36,10 +40,29 @@ class CausalLM(nn.Module):
         checkpointing: Recompute each layer's activations in the backward pass.
 
     Raises:
-        ValueError: If not exactly one of ``weights`` and ``arch`` is given, or the model
-            changes its logits after the output layer.
+        ValueError: If ``weights`` and ``arch`` don't make a model, or the model changes its logits
+            after the output layer.
     """
 
+    #: Published models by the name that ``arch`` takes.
+    variants: ClassVar[Mapping[str, HubVariant]] = {
+        "smollm2-135m": HubVariant(
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            {
+                "model_type": "llama",
+                "vocab_size": 49152,
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "max_position_embeddings": 8192,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 100000.0,
+                "tie_word_embeddings": True,
+            },
+        )
+    }
     #: Template used when a config names none.
     default_template = "chatml"
 
@@ -47,7 +70,7 @@ class CausalLM(nn.Module):
         self,
         *,
         weights: str | None = None,
-        arch: Mapping[str, Any] | None = None,
+        arch: str | Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
         template: str | None = None,
         freeze: bool = False,
@@ -56,18 +79,18 @@ class CausalLM(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if (weights is None) == (arch is None):
-            raise ValueError("llm needs either weights (folder or hub id) or arch (dict)")
+        origin = find_origin(self.variants, arch=arch, weights=weights, part="llm")
         #: Where the weights were read from; None if they are random.
-        self.weights_folder = None if weights is None else resolve(weights)
+        self.weights_folder = None if origin.source is None else resolve(origin.source)
         if self.weights_folder is not None:
             self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
                 str(self.weights_folder), dtype=getattr(torch, dtype)
             )
+            origin.check(self.model.config)
         else:
-            config = AutoConfig.for_model(**dict(arch or {}))
+            config = AutoConfig.for_model(**dict(origin.fields or {}))
             self.model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        source = tokenizer or weights
+        source = tokenizer or origin.source
         self.tokenizer: PreTrainedTokenizerBase | None = (
             AutoTokenizer.from_pretrained(str(resolve(source))) if source else None
         )
@@ -104,17 +127,63 @@ class CausalLM(nn.Module):
         return self.model.get_output_embeddings()(hidden_states)
 
 
+def _llama2(hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
+
+
 @LLMS.register_module()
 class Vicuna(CausalLM):
     """Vicuna-1.5 (Llama-2), with LLaVA's "v1" template."""
 
+    variants = {  # noqa: RUF012
+        "7b": HubVariant("lmsys/vicuna-7b-v1.5", _llama2(4096, 11008, 32, 32)),
+        "13b": HubVariant("lmsys/vicuna-13b-v1.5", _llama2(5120, 13824, 40, 40)),
+    }
     default_template = "v1"
+
+
+def _phi3_mini(positions: int, sliding_window: int) -> dict[str, Any]:
+    return {
+        "model_type": "phi3",
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": positions,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": sliding_window,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
 
 
 @LLMS.register_module()
 class Phi3(CausalLM):
-    """Phi-3, with InternVL2's "phi3-chat" template."""
+    """Phi-3-mini, with InternVL2's "phi3-chat" template.
 
+    InternVL2-4B is built on "mini-128k". Its long-context rope factors come with its weights; where
+    they are random, rope is the plain one, which has the same parameters.
+    """
+
+    variants = {  # noqa: RUF012
+        "mini-4k": HubVariant("microsoft/Phi-3-mini-4k-instruct", _phi3_mini(4096, 2047)),
+        "mini-128k": HubVariant("microsoft/Phi-3-mini-128k-instruct", _phi3_mini(131072, 262144)),
+    }
     default_template = "phi3-chat"
 
 

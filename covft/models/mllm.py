@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from covft.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
 from covft.models.llm import CausalLM
 from covft.models.projectors import Projector
-from covft.models.text_encoder import Context, TextEncoder
+from covft.models.text_encoder import Context, FrozenTextEncoder, build_text_encoder
 from covft.models.vision.auxiliary_loss import collect_losses
+from covft.models.vision.feature_cache import FeatureCache
 from covft.models.vision.tower import VisionTower
-from covft.registry import LLMS, MODELS, PROJECTORS, TEXT_ENCODERS, VFT, check_arguments
+from covft.registry import LLMS, MODELS, PROJECTORS, VFT, check_arguments
 from covft.weights import source_of
 
 
@@ -67,16 +68,18 @@ class MLLM(nn.Module):
             if name in projector:
                 raise ValueError(f"model.projector.{name} is derived by the model; remove it")
         method = VFT.build(vision.get("vft", {"type": "Freeze"}))
-        self.text_encoder: TextEncoder | None = None
-        if method.needs_context:
-            if text_encoder is None:
-                raise ValueError(
-                    f"{type(method).__name__} reads the instruction; add model.text_encoder"
-                )
-            self.text_encoder = TEXT_ENCODERS.build(text_encoder)
+        if method.needs_context and text_encoder is None:
+            raise ValueError(
+                f"{type(method).__name__} reads the instruction; add model.text_encoder"
+            )
+        # The LLM comes first: its pretrained embeddings may become the context.
+        language_model: CausalLM = LLMS.build(llm)
+        self.text_encoder: FrozenTextEncoder | None = None
+        if method.needs_context and text_encoder is not None:
+            self.text_encoder = build_text_encoder(text_encoder, llm=language_model)
         context_dim = self.text_encoder.hidden_dim if self.text_encoder else None
         self.vision = VisionTower(**{**vision, "vft": method}, context_dim=context_dim)
-        self.llm: CausalLM = LLMS.build(llm)
+        self.llm = language_model
         dims = {
             "in_dim": self.vision.hidden_dim,
             "out_dim": self.llm.hidden_dim,
@@ -161,14 +164,17 @@ class MLLM(nn.Module):
         context_ids: Tensor | None = None,
         context_mask: Tensor | None = None,
         sample_ids: Sequence[str] = (),
+        feature_cache: FeatureCache | None = None,
     ) -> Tensor:
-        """Return the LLM's inputs, text and visual tokens merged, (B, T, H), see ``forward``."""
+        """Return the LLM's inputs, text and visual tokens merged, (B, T, H), see ``generate``."""
         if len(pixel_values) != len(image_to_sample):
             raise ValueError(
                 f"{len(pixel_values)} images, but image_to_sample names {len(image_to_sample)}"
             )
         self._check_counts(input_ids, image_to_sample, sample_ids)
-        tokens = self.visual_tokens(pixel_values, image_to_sample, context_ids, context_mask)
+        tokens = self.visual_tokens(
+            pixel_values, image_to_sample, context_ids, context_mask, feature_cache
+        )
         is_image = input_ids == IMAGE_TOKEN_ID
         embeds = self.llm.embed(input_ids.masked_fill(is_image, 0))
         return embeds.masked_scatter(is_image.unsqueeze(-1), tokens.to(embeds.dtype))
@@ -179,8 +185,9 @@ class MLLM(nn.Module):
         image_to_sample: Tensor,
         context_ids: Tensor | None = None,
         context_mask: Tensor | None = None,
+        feature_cache: FeatureCache | None = None,
     ) -> Tensor:
-        """Return the projected tokens of all images, (I, M, H); arguments as forward's."""
+        """Return the projected tokens of all images, (I, M, H); arguments as generate's."""
         context: Context | None = None
         if self.text_encoder is not None:
             if context_ids is None or context_mask is None:
@@ -189,7 +196,7 @@ class MLLM(nn.Module):
                     "no context_ids; collate it with the InputSpec of this model"
                 )
             context = self.text_encoder(context_ids, context_mask).rows(image_to_sample)
-        return self.projector(self.vision(pixel_values, context))
+        return self.projector(self.vision(pixel_values, context, cache=feature_cache))
 
     @torch.no_grad()
     def generate(
@@ -202,6 +209,7 @@ class MLLM(nn.Module):
         context_ids: Tensor | None = None,
         context_mask: Tensor | None = None,
         sample_ids: Sequence[str] = (),
+        feature_cache: FeatureCache | None = None,
         **generation: Any,
     ) -> list[list[int]]:
         """Continue right-padded prompts; tower and text encoder run once.
@@ -214,13 +222,20 @@ class MLLM(nn.Module):
             context_ids: See :meth:`forward`.
             context_mask: See :meth:`forward`.
             sample_ids: See :meth:`forward`.
+            feature_cache: Spares encoding an image anew for each question; eval mode only.
             generation: Passed on to transformers' ``generate``; greedy unless told otherwise.
 
         Returns:
             The new token ids of each prompt, the stop token and what follows it left out.
         """
         embeds = self.embeddings(
-            input_ids, pixel_values, image_to_sample, context_ids, context_mask, sample_ids
+            input_ids,
+            pixel_values,
+            image_to_sample,
+            context_ids,
+            context_mask,
+            sample_ids,
+            feature_cache,
         )
         # Prompts are moved to the right edge, so that all of them are continued at one position.
         order = attention_mask.long().argsort(dim=1, stable=True)

@@ -39,8 +39,12 @@ class VFTMethod(ABC):
         """
 
     def context_free_blocks(self, backbone: VisionBackbone) -> int:
-        """Return how many leading blocks have outputs that don't depend on the context."""
-        return len(backbone.blocks)
+        """Return how many leading blocks have outputs that don't depend on the context.
+
+        Their outputs are cached per image. A method that reads the context in later blocks alone,
+        or in its connector, says so here.
+        """
+        return 0 if self.needs_context else len(backbone.blocks)
 
     def plain_state_dict(self, backbone: VisionBackbone) -> dict[str, Tensor]:
         """Return the tuned encoder as weights of the plain one, under the plain one's names.

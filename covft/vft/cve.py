@@ -7,6 +7,8 @@ Deliberate deviations, each without effect on outputs or gradients:
   checkpoints' layout can be read and written.
 * With one query per image the key projection is folded into the query, and values are projected
   after pooling: no keys or values of all tokens are formed.
+* The residual blocks keep less for the backward pass than plain autograd would
+  (:mod:`covft.vft.gated_ffn`).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from covft.models.vision.vit import activation
+from covft.vft.gated_ffn import act_name, gated_ffn
 
 
 class CVE(nn.Module):
@@ -28,20 +31,28 @@ class CVE(nn.Module):
         context_dim: Width C of text and context vector.
         num_heads: Attention heads.
         activation: Of the residual blocks.
+        recompute: Redo the residual blocks' up-projections in the backward pass instead of keeping
+            their outputs.
     """
 
     k_proj_text: Tensor
     k_bias: Tensor
 
     def __init__(
-        self, width: int, context_dim: int, *, num_heads: int = 4, activation: str = "quick_gelu"
+        self,
+        width: int,
+        context_dim: int,
+        *,
+        num_heads: int = 4,
+        activation: str = "quick_gelu",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         if context_dim % num_heads:
             raise ValueError(f"context width {context_dim} isn't divisible by {num_heads} heads")
         self.width, self.num_heads = width, num_heads
-        self.image_resblock = ResidualBlock(width, activation)
-        self.text_resblock = ResidualBlock(context_dim, activation)
+        self.image_resblock = ResidualBlock(width, activation, recompute=recompute)
+        self.text_resblock = ResidualBlock(context_dim, activation, recompute=recompute)
         self._init_attention(width, context_dim)
         self.out_proj = nn.Linear(context_dim, context_dim)
         nn.init.zeros_(self.out_proj.bias)
@@ -107,13 +118,23 @@ class CVE(nn.Module):
 class ResidualBlock(nn.Module):
     """LN(x + W_down act(W_up x)), twice as wide inside (eq. 7; biases, norm as the public code)."""
 
-    def __init__(self, width: int, act: str) -> None:
+    def __init__(self, width: int, act: str, *, recompute: bool = False) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, 2 * width)
-        self.act = activation(act)
         self.fc2 = nn.Linear(2 * width, width)
         self.ln = nn.LayerNorm(width)
+        self.act, self.recompute = act_name(activation(act)), recompute
 
     def forward(self, x: Tensor) -> Tensor:
         """Refine (…, width)."""
-        return self.ln(x + self.fc2(self.act(self.fc1(x))))
+        inner = gated_ffn(
+            x,
+            None,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            act=self.act,
+            recompute=self.recompute,
+        )
+        return self.ln(x + inner)

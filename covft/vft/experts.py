@@ -1,4 +1,4 @@
-"""The experts of a CoMoE layer, stored and computed as one wide feed-forward network.
+"""The experts of a CoMoE layer, stored as one wide feed-forward network.
 
 A gated sum of FFNs is an FFN whose hidden units are the experts' side by side, scaled by the gates.
 """
@@ -6,21 +6,27 @@ A gated sum of FFNs is an FFN whose hidden units are the experts' side by side, 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from covft.models.vision.vit import MLP
+from covft.vft.gated_ffn import act_name, gated_ffn
 
 
 class WideExperts(nn.Module):
     """E feed-forward networks as one, E times as wide.
 
     Parameters: ``up`` (E F, D), ``up_bias`` (E F,), ``down`` (D, E F), ``down_bias`` (E, D).
+
+    Args:
+        ffn: The pretrained FFN; every expert starts as its copy.
+        num_experts: Experts E.
+        recompute: Keep only the inputs for the backward pass and redo the up-projection there.
     """
 
-    def __init__(self, ffn: MLP, num_experts: int) -> None:
+    def __init__(self, ffn: MLP, num_experts: int, *, recompute: bool = False) -> None:
         super().__init__()
-        self.num_experts, self.act = num_experts, ffn.act
+        self.num_experts, self.act, self.recompute = num_experts, ffn.act, recompute
+        self.act_name = act_name(ffn.act)
         with torch.no_grad():
             self.up = nn.Parameter(ffn.fc1.weight.repeat(num_experts, 1))
             self.up_bias = nn.Parameter(ffn.fc1.bias.repeat(num_experts))
@@ -29,9 +35,16 @@ class WideExperts(nn.Module):
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:
         """Return the experts' outputs for (I, N, D) tokens, weighted by ``gates`` (I, E)."""
-        hidden = self.act(F.linear(x, self.up, self.up_bias))
-        hidden = hidden.unflatten(-1, (self.num_experts, -1)) * gates[:, None, :, None]
-        return F.linear(hidden.flatten(-2), self.down) + (gates @ self.down_bias)[:, None]
+        return gated_ffn(
+            x,
+            gates,
+            self.up,
+            self.up_bias,
+            self.down,
+            self.down_bias,
+            act=self.act_name,
+            recompute=self.recompute,
+        )
 
     def per_expert(self) -> dict[str, Tensor]:
         """Return each expert's tensors: ``{n}.0`` is its up-, ``{n}.2`` its down-projection."""

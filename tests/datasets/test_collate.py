@@ -93,3 +93,15 @@ def test_a_spec_checks_itself(spec):
         dataclasses.replace(spec, num_image_tokens=0)
     with pytest.raises(ValueError, match="no single token"):
         InputSpec(spec.tokenizer, get_template("v1"), spec.image, 4)
+
+
+def test_context_is_padded_on_the_right_whatever_its_tokenizer_does(spec, samples):
+    tokenizer = llama_tokenizer()
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    batch = Collator(dataclasses.replace(spec, context_tokenizer=tokenizer))(samples)
+    lengths = batch["context_mask"].sum(1)
+    assert lengths.min() < lengths.max()
+    for row, length in enumerate(lengths):
+        assert batch["context_mask"][row].tolist() == [
+            n < length for n in range(batch["context_mask"].shape[1])
+        ]

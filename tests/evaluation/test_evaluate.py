@@ -8,6 +8,7 @@ from covft.checkpoints import build_model
 from covft.config import load_config, stage_configs
 from covft.datasets import InputSpec
 from covft.evaluation import Benchmark, EasyVQA, Item, evaluate
+from covft.evaluation.evaluate import answering_order
 from covft.evaluation.predictions import Predictions
 from covft.models import MLLM
 
@@ -111,6 +112,63 @@ def test_the_context_is_the_items_own(model: MLLM, easy_vqa_root: Path, tmp_path
     run(model, OneItem(), tmp_path)
     text = model.text_encoder.tokenizer.decode(read[0][0], skip_special_tokens=True)
     assert text == "is there a circle?".replace("?", " ?") or text == "is there a circle?"
+
+
+@pytest.mark.parametrize(
+    ("images_held", "blank", "encoded"),
+    [(None, False, 6), (2, False, 6), (1, False, 6), (0, False, 24), (None, True, 1)],
+)
+def test_each_image_is_encoded_once_and_answers_stay_the_same(
+    model: MLLM, easy_vqa_root: Path, tmp_path: Path, images_held, blank: bool, encoded: int
+) -> None:
+    model = model.double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    benchmark = EasyVQA(root=str(easy_vqa_root))
+    expected = run(model, benchmark, tmp_path, blank_images=blank, feature_cache_bytes=0)
+    counts = []
+    model.vision.backbone.blocks[0].register_forward_hook(
+        lambda _m, args, _o: counts.append(len(args[0]))
+    )
+    options = {}
+    if images_held is not None:
+        options = {"feature_cache_bytes": images_held * model.vision.cached_bytes}
+    found = run(model, benchmark, tmp_path / "cached", blank_images=blank, **options)
+    assert sum(counts) == encoded
+    assert answers(found.predictions) == answers(expected.predictions)
+    assert len(set(answers(found.predictions).values())) > (1 if blank else 6)  # no constant answer
+
+
+def answers(path: Path) -> dict[str, str]:
+    return {record["id"]: record["prediction"] for record in lines(path)[1:]}
+
+
+def test_a_cache_too_small_for_an_image_is_explained(
+    model: MLLM, easy_vqa_root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"more than the feature cache's max_bytes \(9\)"):
+        run(model, EasyVQA(root=str(easy_vqa_root)), tmp_path, feature_cache_bytes=9)
+
+
+def test_questions_are_sorted_by_length_within_groups_that_the_cache_holds() -> None:
+    items = [
+        Item(f"{image}{length}", "q" * length, "", (f"{image}.png",))
+        for length in (3, 1, 2)
+        for image in "abc"
+    ]
+
+    def order(max_images: int | None) -> str:
+        return " ".join(item.id for item in answering_order(items, max_images=max_images))
+
+    assert order(None) == order(3) == "a1 b1 c1 a2 b2 c2 a3 b3 c3"
+    assert order(2) == "a1 b1 a2 b2 a3 b3 c3 c2 c1"
+    assert order(1) == order(0) == "a1 a2 a3 b3 b2 b1 c1 c2 c3"
+    pair = Item("pair", "q", "", ("b.png", "c.png"))
+    text = Item("text", "qq", "")
+    found = answering_order([pair, text, *items[:3]], max_images=2)
+    assert [item.id for item in found] == ["text", "pair", "a3", "b3", "c3"]
 
 
 def test_predictions_of_a_foreign_file_are_put_aside(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from covft.models.vision.feature_cache import FeatureCache
 from covft.models.vision.vit import Block
 from covft.registry import VFT, VISION_BACKBONES
 
@@ -71,20 +72,34 @@ class VisionTower(nn.Module):
         """Whether ``forward`` needs the instruction's text features."""
         return self.vft.needs_context
 
-    def forward(self, pixel_values: Tensor, context: Any = None) -> Tensor:
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes that an image takes in a :class:`FeatureCache`, at the parameters' precision."""
+        backbone = self.backbone
+        numbers = (backbone.num_prefix + backbone.num_tokens) * backbone.hidden_dim
+        return numbers * next(backbone.parameters()).element_size()
+
+    def forward(
+        self, pixel_values: Tensor, context: Any = None, *, cache: FeatureCache | None = None
+    ) -> Tensor:
         """Encode images.
 
         Args:
             pixel_values: (I, 3, S, S): uint8 RGB, or float that is already normalised.
             context: Text features of each image's instruction, I rows; None if no method needs it.
+            cache: Keeps what doesn't depend on the context, for further questions about an image.
 
         Returns:
             Visual tokens, (I, N, D); an empty batch gives (0, N, D).
 
         Raises:
-            ValueError: If the pixels have another shape or type.
+            ValueError: If the pixels have another shape or type, or a cache is given in training
+                mode or with gradients enabled.
         """
-        features = self.backbone(self._normalise(pixel_values), context)
+        if cache is None:
+            features = self.backbone(self._normalise(pixel_values), context)
+        else:
+            features = self._forward_cached(pixel_values, context, cache)
         return features if self.connector is None else self.connector(features, context)
 
     def train(self, mode: bool = True) -> VisionTower:
@@ -112,7 +127,26 @@ class VisionTower(nn.Module):
         """
         return self.backbone.export_state_dict(self.vft.plain_state_dict(self.backbone))
 
-    def _normalise(self, pixel_values: Tensor) -> Tensor:
+    def _forward_cached(self, pixel_values: Tensor, context: Any, cache: FeatureCache) -> Tensor:
+        if self.training or torch.is_grad_enabled():
+            raise ValueError(
+                "a feature cache is for inference, in eval mode and without gradients; call "
+                "model.eval() and torch.no_grad() around it, or leave the cache out"
+            )
+        self._check_shape(pixel_values)
+        backbone = self.backbone
+        free = self.vft.context_free_blocks(backbone)
+
+        def encode(pixels: Tensor) -> Tensor:
+            # Without the context: a block that reads it after all fails here, instead of answering
+            # the next question with this one's features.
+            return backbone.run_blocks(backbone.embed(self._normalise(pixels)), None, stop=free)
+
+        cache.bind(backbone)
+        tokens = cache.tokens(pixel_values, encode)
+        return backbone.output(backbone.run_blocks(tokens, context, start=free))
+
+    def _check_shape(self, pixel_values: Tensor) -> None:
         size = self.backbone.image_spec.image_size
         if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
             raise ValueError(
@@ -120,6 +154,9 @@ class VisionTower(nn.Module):
                 f"{tuple(pixel_values.shape)}; build the image transform from the encoder's "
                 "image_spec"
             )
+
+    def _normalise(self, pixel_values: Tensor) -> Tensor:
+        self._check_shape(pixel_values)
         if pixel_values.is_floating_point():
             return pixel_values
         if pixel_values.dtype != torch.uint8:

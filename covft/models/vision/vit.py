@@ -162,13 +162,25 @@ class Attention(nn.Module):
         )
         if rope is not None:
             query, key = rotate_patches(query, *rope), rotate_patches(key, *rope)
-        if x.shape[0]:
-            mixed = F.scaled_dot_product_attention(query, key, value)
-        else:
-            # A batch without images: flash kernels refuse it (pytorch/pytorch#133780), but the
-            # parameters must stay in the graph for distributed training.
-            mixed = (query @ key.transpose(-1, -2)).softmax(-1) @ value
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return self.out_proj(attend(query, key, value))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Return the heads' outputs side by side, (I, T, D).
+
+    Args:
+        query: (I, heads, T, D / heads).
+        key: (I, heads, K, D / heads).
+        value: Like ``key``.
+        mask: True where a query may attend, broadcastable to (I, heads, T, K).
+    """
+    if query.shape[0]:
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    else:
+        # A batch without images: flash kernels refuse it (pytorch/pytorch#133780), but the
+        # parameters must stay in the graph for distributed training.
+        mixed = (query @ key.transpose(-1, -2)).softmax(-1) @ value
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -332,16 +344,35 @@ class ViT(nn.Module):
         Returns:
             The selected layer's patch tokens, (I, N, D).
         """
-        x = self.embed(pixels)
+        return self.output(self.run_blocks(self.embed(pixels), context))
+
+    def run_blocks(
+        self, x: Tensor, context: Any = None, *, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Run the blocks from ``start`` up to, but without, ``stop``.
+
+        Args:
+            x: The input of block ``start``, (I, T, D).
+            context: Handed to every block.
+            start: The first block to run.
+            stop: The block not to run any more; None: run the last one, too.
+
+        Returns:
+            Tokens, (I, T, D).
+        """
         rope = self._rope(x.device)
         recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-        for block in self.blocks:
+        for block in list(self.blocks)[start:stop]:
             if recompute:
                 x = checkpoint(
                     block, x, context, rope, use_reentrant=False, preserve_rng_state=True
                 )
             else:
                 x = block(x, context, rope)
+        return x
+
+    def output(self, x: Tensor) -> Tensor:
+        """Return the patch tokens (I, N, D) of the last block's output (I, T, D), normed."""
         return self.final_norm(x)[:, self.num_prefix :]
 
     def embed(self, pixels: Tensor) -> Tensor:

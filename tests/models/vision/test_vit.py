@@ -135,6 +135,33 @@ def test_checkpointing_starves_no_gradient_behind_frozen_blocks(pixels):
     assert vit.blocks[1].mlp.fc1.weight.grad.abs().sum() > 0
 
 
+class _RegisterAdder(nn.Module):
+    """A wrapper that prepends a token on the way in or drops it on the way out."""
+
+    def __init__(self, block, *, drop):
+        super().__init__()
+        self.block, self.drop = block, drop
+
+    def forward(self, x, context, rope=None):
+        if self.drop:
+            return self.block(x, context, rope)[:, 1:]
+        extra = context["text"][:, None]
+        return self.block(torch.cat((extra, x), dim=1), context, rope)
+
+
+@pytest.mark.parametrize("pos_embed", ["learned", "rope"])
+@pytest.mark.parametrize("stop", [0, 1, 2, 3])
+def test_blocks_in_two_parts_equal_the_whole(pos_embed, stop, pixels):
+    vit = _vit(changes={"pos_embed": pos_embed}, final_norm=True).eval()
+    vit.blocks[0] = _RegisterAdder(vit.blocks[0], drop=False)
+    vit.blocks[2] = _RegisterAdder(vit.blocks[2], drop=True)
+    context = {"text": torch.randn(2, 32)}
+    tokens = vit.run_blocks(vit.embed(pixels), context, stop=stop)
+    assert tokens.shape == (2, 17 + (stop in (1, 2)), 32)
+    found = vit.output(vit.run_blocks(tokens, context, start=stop))
+    assert torch.equal(found, vit(pixels, context))
+
+
 def test_drop_path_drops_whole_images_and_keeps_the_mean():
     drop = DropPath(0.25)
     x = torch.ones(4000, 2, 3)

@@ -1,0 +1,317 @@
+"""Every recipe under configs/, built without weights; and docs/methods.md against the code."""
+
+import functools
+import json
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers_for_tests import bert_tokenizer, llama_tokenizer
+
+from covft.config import CONFIG_ROOT, config_text, load_config, stage_configs
+from covft.datasets.sampler import StepBatchSampler
+from covft.engine import CosineWarmup
+from covft.engine.data import build_dataloader
+from covft.engine.loop import TrainLoop
+from covft.models import CLIP, MLLM, Vicuna
+from covft.models.abstract import abstract_model, parameter_counts
+from covft.models.text_encoder import LLMEmbeddings
+from covft.models.vision.tower import VisionTower
+from covft.registry import VFT, check_arguments
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(path.stem for path in CONFIG_ROOT.glob("*.py"))
+LLAVA = [name for name in RECIPES if name.startswith("llava15_")]
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "parameters.json").read_text())
+METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text()
+PROCESSES = 8
+
+#: What each recipe asks of its method, beyond the class.
+OPTIONS = {
+    "covft_image_only": {"context": "image-only"},
+    "covft_text_only": {"context": "text-only"},
+    "covft_concat": {"context": "concat"},
+    "covft_random2": {"routing": "random@2"},
+    "covft_uniform": {"routing": "uniform"},
+    "covft_sparse2": {"routing": "sparse@2"},
+    "covft_blocks_0_22": {"first_block": 0, "last_block": 22},
+    "covft_blocks_0_10": {"first_block": 0, "last_block": 10},
+    "covft_blocks_15_22": {"first_block": 15, "last_block": 22},
+    "covft_blocks_19_22": {"first_block": 19, "last_block": 22},
+    "covft_2experts": {"num_experts": 2},
+    "covft_8experts": {"num_experts": 8},
+    "lora_r512": {"rank": 512, "alpha": 1024.0},
+}
+#: Labels of recipes that aren't their method's name.
+LABELS = {"qa_vit": "QAViT", "q_moe": "QMoE", "lora_r512": "LoRA"}
+
+
+@functools.cache
+def stages_of(recipe: str):
+    return dict(stage_configs(load_config(recipe)))
+
+
+_built: dict[str, MLLM] = {}
+
+
+def model_of(recipe: str, stage: str) -> MLLM:
+    """Build a stage's model, or take that of another recipe whose stage has the same."""
+    cfg = stages_of(recipe)[stage].model
+    key = repr(stages_of(recipe)[stage].to_dict()["model"])
+    if key not in _built:
+        _built[key] = abstract_model(cfg)
+    return _built[key]
+
+
+def method_name(recipe: str) -> str:
+    label = re.sub(r"^(llava15_\d+b|quickstart)_", "", recipe)
+    label = re.sub(r"^(siglip|dinov3)_", "", label)
+    label = LABELS.get(label, label.split("_")[0])
+    return next(name for name in VFT.names() if name.lower() == label.lower())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_stage_builds(recipe: str) -> None:
+    assert list(stages_of(recipe)) == ["pretrain", "finetune"]
+    first, last = model_of(recipe, "pretrain"), model_of(recipe, "finetune")
+    trained = [name for name, p in first.named_parameters() if p.requires_grad]
+    assert trained and all(name.startswith("projector.") for name in trained)
+    assert type(last.vision.vft).__name__ == method_name(recipe)
+    assert all(p.device.type == "meta" for p in last.parameters())
+    for model in (first, last):
+        assert model.num_image_tokens == (576 if recipe in LLAVA else 9)
+    assert parameter_counts(last) == GOLDEN[recipe], (
+        "if the change is meant: python tools/count_parameters.py --json "
+        "tests/golden/parameters.json"
+    )
+
+
+def test_golden_counts_are_those_of_the_recipes() -> None:
+    assert sorted(GOLDEN) == RECIPES
+
+
+@pytest.mark.parametrize(
+    ("recipe", "trained_millions"),
+    [
+        ("llava15_7b_bitfit", 0.260096),
+        ("llava15_7b_lora", 1.51),
+        ("llava15_7b_vpt", 1.18),
+        ("llava15_7b_covft", 521.9),
+        ("llava15_7b_full", 290.9),
+        # 96.5 M on top of LLM and projector, 6.759 B, are the 6.86 B of the paper's Table 7.
+        ("llava15_7b_lora_r512", 96.5),
+    ],
+)
+def test_counts_known_from_elsewhere(recipe: str, trained_millions: float) -> None:
+    assert GOLDEN[recipe]["vision_trainable"] / 1e6 == pytest.approx(trained_millions, rel=4e-3)
+
+
+def test_llm_and_encoder_of_each_family() -> None:
+    for recipe in LLAVA:
+        for stage in ("pretrain", "finetune"):
+            model = model_of(recipe, stage)
+            layers, width = (40, 5120) if "13b" in recipe else (32, 4096)
+            assert isinstance(model.llm, Vicuna) and model.llm.hidden_dim == width
+            assert model.llm.model.config.num_hidden_layers == layers
+            encoder = next((e for e in ("SigLIP", "DINOv3") if e.lower() in recipe), "CLIP")
+            assert type(model.vision.backbone).__name__ == encoder
+            assert len(model.vision.backbone.blocks) == 23
+            assert model.vision.backbone.checkpointing and model.llm.checkpointing
+            assert model.template == ("plain" if stage == "pretrain" else "v1")
+
+
+@pytest.mark.parametrize("recipe", LLAVA)
+def test_recipes_differ_in_the_method_alone(recipe: str) -> None:
+    label = re.sub(r"^llava15_\d+b_", "", recipe)
+    encoder = next((e for e in ("siglip", "dinov3") if e in recipe), None)
+    size = "13b" if "13b" in recipe else "7b"
+    base = f"llava15_{size}_{encoder}_freeze" if encoder else f"llava15_{size}_freeze"
+    cfg, other = load_config(recipe), load_config(base)
+    vft = cfg.model.vision.pop("vft")
+    other.model.vision.pop("vft")
+    assert config_text(cfg) == config_text(other)
+    assert vft.type.__name__ == method_name(recipe)
+    assert {key: value for key, value in vft.items() if key != "type"} == OPTIONS.get(label, {})
+
+
+def test_bases_differ_in_encoder_or_llm_alone() -> None:
+    texts = set()
+    for recipe in [name for name in LLAVA if name.endswith("_freeze")]:
+        cfg = load_config(recipe)
+        cfg.model.vision.pop("backbone"), cfg.model.pop("llm")
+        texts.add(config_text(cfg))
+    assert len(texts) == 1
+
+
+def test_settings_are_those_of_llava15() -> None:
+    expected = {
+        "pretrain": dict(lr=1e-3, batch=256, file="blip_laion_cc_sbu_558k.json", resize=None),
+        "finetune": dict(lr=2e-5, batch=128, file="llava_v1_5_mix665k.json", resize="pad"),
+    }
+    for name, stage in stages_of("llava15_7b_freeze").items():
+        want = expected[name]
+        loader = dict(stage.train_dataloader)
+        group = loader.get("group", "none")
+        assert group == ("none" if name == "pretrain" else "modality_length")
+        sampler = StepBatchSampler(
+            [1] * 1000,
+            has_image=[True] * 1000,
+            batch_size=loader["batch_size"],
+            accumulation=stage.train_cfg.accumulation,
+            world_size=PROCESSES,
+            group=group,
+        )
+        assert sampler.step_size == want["batch"]
+        assert stage.optim_wrapper.optimizer.lr == want["lr"]
+        assert stage.optim_wrapper.optimizer.type.__name__ == "AdamW"
+        assert stage.optim_wrapper.optimizer.weight_decay == 0
+        assert stage.train_cfg.max_epochs == 1 and "max_iters" not in stage.train_cfg
+        assert stage.param_scheduler.type is CosineWarmup
+        assert stage.param_scheduler.warmup_ratio == 0.03
+        data = stage.train_dataset
+        assert Path(data.annotations).name == want["file"]
+        assert data.get("resize") == want["resize"] and data.max_length == 2048
+    assert "lr" not in stages_of("llava15_7b_freeze")["pretrain"].optim_wrapper
+    assert stages_of("llava15_7b_freeze")["finetune"].optim_wrapper.lr == {"vision": "method"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_setting_is_one_that_exists(recipe: str) -> None:
+    for stage in stages_of(recipe).values():
+        data = {key: value for key, value in stage.train_dataset.items() if key != "type"}
+        check_arguments(stage.train_dataset.type, {"spec": None, **data})
+        given = {"dataset": None, "collate_fn": None}
+        check_arguments(build_dataloader, {**given, **stage.train_dataloader})
+        check_arguments(TrainLoop, {"runner": None, "dataloader": None, **stage.train_cfg})
+
+
+@pytest.mark.parametrize("name", ["llava15_7b_covft", "llava15_7b_q_moe"])
+def test_a_recipe_trains_when_shrunk(name: str, tmp_path: Path, monkeypatch) -> None:
+    from covft.engine.train import train
+
+    cfg = load_config(
+        name,
+        {
+            "train_dataloader": dict(batch_size=2, num_workers=0),
+            "stages.pretrain.train_dataloader": dict(batch_size=2, num_workers=0),
+        },
+    )
+    _shrink(cfg, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    _write_llava_data(tmp_path / "data")
+    train(cfg, work_dir=tmp_path / "run")
+    for stage in ("pretrain", "finetune"):
+        lines = (tmp_path / "run" / stage / "scalars.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["loss"] for line in lines]
+        assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
+
+
+def _shrink(cfg, folder: Path) -> None:
+    """Put tiny random models in the place of the published ones."""
+    llama_tokenizer().save_pretrained(folder / "llm")
+    bert_tokenizer().save_pretrained(folder / "text")
+    sizes = dict(num_hidden_layers=1, num_attention_heads=4)
+    llm = dict(model_type="llama", hidden_size=32, intermediate_size=64, vocab_size=400, **sizes)
+    text = dict(model_type="bert", hidden_size=24, intermediate_size=48, vocab_size=200, **sizes)
+    vision = dict(hidden_dim=32, depth=4, num_heads=4, mlp_dim=64, patch_size=8, image_size=32)
+    for part, arch, tokenizer in (
+        (cfg.model.vision.backbone, vision, None),
+        (cfg.model.llm, llm, str(folder / "llm")),
+        (cfg.model.text_encoder, text, str(folder / "text")),
+    ):
+        part.weights = None
+        part.arch = arch
+        if tokenizer:
+            part.tokenizer = tokenizer
+
+
+def _write_llava_data(root: Path) -> None:
+    """Write six samples for each stage in LLaVA's files and folders; two have no image."""
+    for images in ("LLaVA-Pretrain/images/00000", "coco/train2017"):
+        (root / images).mkdir(parents=True)
+        for number in range(6):
+            picture = Image.new("RGB", (40, 24), (40 * number, 0, 90))
+            picture.save(root / images / f"{number}.jpg")
+    captions, instructions = [], []
+    for number in range(6):
+        answer = {"from": "gpt", "value": "red"}
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, answer]
+        caption = {"id": f"c{number}", "image": f"00000/{number}.jpg", "conversations": turns}
+        captions.append(caption)
+        instruction = {**caption, "image": f"coco/train2017/{number}.jpg"}
+        if number > 3:
+            question = {"from": "human", "value": "is there a circle?"}
+            instruction = {"id": f"t{number}", "conversations": [question, answer]}
+        instructions.append(instruction)
+    file = root / "LLaVA-Pretrain" / "blip_laion_cc_sbu_558k.json"
+    file.write_text(json.dumps(captions))
+    (root / "llava_v1_5_mix665k.json").write_text(json.dumps(instructions))
+
+
+def test_one_import_line_makes_the_llms_embeddings_the_context(tmp_path: Path) -> None:
+    shutil.copytree(CONFIG_ROOT, tmp_path / "configs")
+    base = tmp_path / "configs" / "llava15_7b_freeze.py"
+    base.write_text(base.read_text().replace("text.bert_base", "text.llm_embeddings"))
+    cfg = load_config(base.with_name("llava15_7b_covft.py"))
+    model = abstract_model(stage_configs(cfg)[-1][1].model)
+    assert isinstance(model.text_encoder, LLMEmbeddings) and model.vision.context_dim == 4096
+
+
+def test_abstract_models_need_an_architecture() -> None:
+    model = load_config("quickstart_covft").model
+    before = config_text(model)
+    abstract_model(model)
+    assert config_text(model) == before
+    model.vision.backbone = dict(type="CLIP", weights="openai/clip-vit-base-patch16")
+    assert abstract_model(model).vision.hidden_dim == 768
+    model.vision.backbone = dict(type=CLIP, weights="somewhere/else")
+    with pytest.raises(ValueError, match="'somewhere/else' is known to its files alone"):
+        abstract_model(model)
+
+
+def test_the_tool_writes_the_golden_file(tmp_path: Path, monkeypatch, capsys) -> None:
+    recipe, target = "quickstart_freeze", tmp_path / "counts.json"
+    monkeypatch.setattr(sys, "argv", ["count_parameters.py", recipe, "--json", str(target)])
+    runpy.run_path(str(ROOT / "tools" / "count_parameters.py"), run_name="__main__")
+    assert json.loads(target.read_text()) == {recipe: GOLDEN[recipe]}
+    assert f"{GOLDEN[recipe]['total']:,}" in capsys.readouterr().out
+
+
+def page_rows(columns: int) -> list[list[str]]:
+    """Return the cells of the page's tables of that width, code marks removed."""
+    lines = [line for line in METHODS_PAGE.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in rows if len(row) == columns]
+
+
+def test_page_of_methods_equals_the_code() -> None:
+    rows = {row[0].strip("`"): row for row in page_rows(7) if row[0] != "method"}
+    kinds = {name: VFT.get(name) for name in VFT.names()}
+    assert set(rows) == {kind.__name__ for kind in kinds.values()}
+    for name, (_, _, _, trainable, rate, same, context) in rows.items():
+        with torch.device("meta"):
+            tower = VisionTower(backbone=dict(type=CLIP), vft=dict(type=name), context_dim=768)
+        count = sum(p.numel() for p in tower.parameters() if p.requires_grad)
+        assert trainable == f"{count:,}", name
+        assert (float(rate) if rate else None) == (tower.vft.learning_rate if count else None), name
+        assert same == ("yes" if tower.vft.identity_at_init else "no"), name
+        assert context == ("yes" if tower.needs_context else "no"), name
+
+
+def test_page_of_recipes_equals_the_recipes() -> None:
+    listed = {}
+    for recipe, _, mean, trainable in page_rows(4):
+        listed[recipe.strip("`")] = (mean, trainable)
+    for _, _, _, mean, recipe, trainable in page_rows(6):
+        listed[recipe.strip("`")] = (mean, trainable)
+    listed.pop("recipe")
+    assert sorted(listed) == LLAVA
+    for recipe, (mean, trainable) in listed.items():
+        assert trainable == f"{GOLDEN[recipe]['vision_trainable']:,}", recipe
+        text = (CONFIG_ROOT / f"{recipe}.py").read_text()
+        assert f"(the paper's mean: {mean})" in text, recipe
