@@ -1,0 +1,157 @@
+"""What the benchmarks share: interleaved timings, memory kept for backward, stated conditions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from covft import __version__
+
+_KEEP_FREED_MEMORY = (
+    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
+)
+
+
+def interleaved_medians(
+    runs: Mapping[str, Callable[[], object]], *, rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Time several functions in turn: A B C A B C ..., after one round that isn't counted.
+
+    What else the machine does, or how warm it is, then meets all of them alike.
+
+    Args:
+        runs: The functions by name.
+        rounds: How often each is timed.
+        device: Where they compute; the host waits for it before and after each.
+
+    Returns:
+        Each function's median in seconds.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for counted in range(-1, rounds):
+        for name, run in runs.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            run()
+            _synchronise(device)
+            if counted >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def saved_bytes(forward: Callable[[], object], *, excluded: Iterable[Tensor] = ()) -> int:
+    """Return how many bytes a forward pass keeps for the backward pass.
+
+    Counted is the whole storage of every tensor that autograd saves, each storage once, whoever
+    else holds it: inputs of ``forward`` and views count like any other. Not counted is what a
+    saved tensor's graph holds by other means, such as the gradient buffers.
+
+    Args:
+        forward: Runs the forward pass and returns its result.
+        excluded: Tensors whose storages aren't counted, such as parameters.
+    """
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ignored:
+            storages[storage.data_ptr()] = storage  # held, so that no other takes its address
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = sum(storage.nbytes() for storage in storages.values())
+    del result
+    return total
+
+
+@contextmanager
+def num_threads(threads: int) -> Iterator[None]:
+    """Let PyTorch compute with that many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """Return what a measurement depends on besides its settings."""
+    found = {
+        "covft": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": str(device),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "malloc": _malloc_settings(),
+    }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _malloc_settings() -> str:
+    """Return the environment's settings of malloc: they decide what large temporaries cost."""
+    names = sorted(
+        name
+        for name in os.environ
+        if name in ("GLIBC_TUNABLES", "LD_PRELOAD") or name.startswith("MALLOC_")
+    )
+    return " ".join(f"{name}={os.environ[name]}" for name in names) or "default"
+
+
+def reuse_memory() -> None:
+    """Start the running script again with a malloc that keeps freed memory, if it doesn't already.
+
+    By default, glibc asks the kernel for every block beyond 32 MiB and returns it right after: each
+    use then costs a page fault every 4 KiB. What is above that size differs between variants whose
+    work is the same. Nothing happens elsewhere than on glibc, or where malloc is already set.
+    """
+    if platform.libc_ver()[0] == "glibc" and _malloc_settings() == "default":
+        sys.stdout.flush()
+        environment = {**os.environ, "GLIBC_TUNABLES": _KEEP_FREED_MEMORY}
+        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
+
+
+def json_line(result: Mapping[str, Any]) -> str:
+    """Return a result as one line of JSON, its figures rounded to four significant digits."""
+    return json.dumps(_rounded(result))
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
