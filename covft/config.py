@@ -42,7 +42,7 @@ STAGE_KEYS = {
     "checkpoint": "how often checkpoints are written and how many are kept",
     "logging": "how often a line, and a sample with generations, is logged",
     "visualizer": "TensorBoard, wandb and other mmengine backends",
-    "load_from": "a run folder or weights file to start from",
+    "load_from": "a run folder, weights file or public checkpoint to start from",
 }
 TOP_LEVEL_KEYS = {
     **STAGE_KEYS,

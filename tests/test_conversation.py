@@ -302,3 +302,15 @@ def test_templates_by_name():
         get_template("chat-ml")
     with pytest.raises(ValueError, match="takes no argument 'sistem'"):
         get_template({"type": "chatml", "sistem": ""})
+
+
+def test_phi3_chat_without_what_internvl2_added():
+    template = get_template({"type": "phi3-chat", "system": "", "image_marks": False})
+    tokenizer = phi3_tokenizer()
+    turns = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "no"}]
+    encoded = encode(turns, template=template, tokenizer=tokenizer, num_image_tokens=[1])
+    ids = encoded.input_ids.tolist()
+    text = tokenizer.decode([i for i in ids if i != IMAGE_TOKEN_ID])
+    assert "<img>" not in text and "<|system|>" not in text
+    assert text.replace(" ", "").endswith("red?<|end|><|assistant|>no<|end|>")
+    assert template.added_tokens == ()

@@ -18,15 +18,17 @@ from covft.datasets.sampler import StepBatchSampler
 from covft.engine import CosineWarmup
 from covft.engine.data import build_dataloader
 from covft.engine.loop import TrainLoop
-from covft.models import CLIP, MLLM, Vicuna
+from covft.models import CLIP, MLLM, Phi3, Vicuna
 from covft.models.abstract import abstract_model, parameter_counts
 from covft.models.text_encoder import LLMEmbeddings
 from covft.models.vision.tower import VisionTower
 from covft.registry import VFT, check_arguments
+from covft.vft import CoVFT, Full
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in CONFIG_ROOT.glob("*.py"))
 LLAVA = [name for name in RECIPES if name.startswith("llava15_")]
+INTERNVL = [name for name in RECIPES if name.startswith("internvl2_")]
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "parameters.json").read_text())
 METHODS_PAGE = (ROOT / "docs" / "methods.md").read_text()
 PROCESSES = 8
@@ -48,7 +50,7 @@ OPTIONS = {
     "lora_r512": {"rank": 512, "alpha": 1024.0},
 }
 #: Labels of recipes that aren't their method's name.
-LABELS = {"qa_vit": "QAViT", "q_moe": "QMoE", "lora_r512": "LoRA"}
+LABELS = {"qa_vit": "QAViT", "q_moe": "QMoE", "lora_r512": "LoRA", "qlora": "Freeze"}
 
 
 @functools.cache
@@ -69,7 +71,7 @@ def model_of(recipe: str, stage: str) -> MLLM:
 
 
 def method_name(recipe: str) -> str:
-    label = re.sub(r"^(llava15_\d+b|quickstart)_", "", recipe)
+    label = re.sub(r"^(llava15_\d+b|internvl2|quickstart)_", "", recipe)
     label = re.sub(r"^(siglip|dinov3)_", "", label)
     label = LABELS.get(label, label.split("_")[0])
     return next(name for name in VFT.names() if name.lower() == label.lower())
@@ -83,8 +85,8 @@ def test_every_stage_builds(recipe: str) -> None:
     assert trained and all(name.startswith("projector.") for name in trained)
     assert type(last.vision.vft).__name__ == method_name(recipe)
     assert all(p.device.type == "meta" for p in last.parameters())
-    for model in (first, last):
-        assert model.num_image_tokens == (576 if recipe in LLAVA else 9)
+    tokens = {"llava15": 576, "internvl2": 256, "quickstart": 9}[recipe.split("_")[0]]
+    assert first.num_image_tokens == last.num_image_tokens == tokens
     assert parameter_counts(last) == GOLDEN[recipe], (
         "if the change is meant: python tools/count_parameters.py --json "
         "tests/golden/parameters.json"
@@ -125,7 +127,48 @@ def test_llm_and_encoder_of_each_family() -> None:
             assert model.template == ("plain" if stage == "pretrain" else "v1")
 
 
-@pytest.mark.parametrize("recipe", LLAVA)
+def test_internvl2_is_the_published_model() -> None:
+    full, covft = (model_of(f"internvl2_{name}", "finetune") for name in ("full", "covft"))
+    backbone = full.vision.backbone
+    assert type(backbone).__name__ == "InternViT" and len(backbone.blocks) == 24
+    assert [block.drop_path.rate for block in backbone.blocks[1:]] == pytest.approx(
+        [0.1 * index / 23 for index in range(1, 24)]
+    )
+    assert isinstance(full.llm, Phi3) and full.template == "phi3-chat"
+    assert full.llm.model.config.vocab_size == 32064 and full.llm.hidden_dim == 3072
+    shapes = [tuple(p.shape) for p in full.projector.parameters()]
+    assert shapes == [(4096,), (4096,), (3072, 4096), (3072,), (3072, 3072), (3072,)]
+    experts = [type(block.mlp).__name__ == "CoMoE" for block in covft.vision.backbone.blocks]
+    assert experts == [False] * 12 + [True] * 12
+    assert covft.vision.backbone.checkpointing and covft.llm.checkpointing
+    cfg, other = load_config("internvl2_covft"), load_config("internvl2_full")
+    assert cfg.model.vision.pop("vft") == {"type": CoVFT}
+    assert other.model.vision.pop("vft") == {"type": Full}
+    assert config_text(cfg) == config_text(other)
+
+
+def test_settings_are_those_of_internvl2() -> None:
+    stages = stages_of("internvl2_full")
+    llava = stages_of("llava15_7b_freeze")["pretrain"]
+    for key in ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler"):
+        assert stages["pretrain"][key] == llava[key]
+    last = stages["finetune"]
+    optimizer = last.optim_wrapper.optimizer
+    assert (optimizer.type.__name__, optimizer.lr, optimizer.betas) == ("AdamW", 4e-5, (0.9, 0.999))
+    assert optimizer.weight_decay == 0.01 and "lr" not in last.optim_wrapper
+    loader = last.train_dataloader
+    assert loader.batch_size * last.train_cfg.accumulation * PROCESSES == 128
+    assert loader.group == "length" and last.train_cfg.max_epochs == 1
+    assert last.param_scheduler.warmup_ratio == 0.03
+    for stage, length in (("pretrain", 2048), ("finetune", 4096)):
+        data = stages[stage].train_dataset
+        assert (data.resize, data.max_tiles, data.max_length) == ("tiles", 6, length)
+        assert Path(data.annotations).name == (
+            "blip_laion_cc_sbu_558k.json" if stage == "pretrain" else "llava_v1_5_mix665k.json"
+        )
+
+
+@pytest.mark.parametrize("recipe", [name for name in LLAVA if name != "llava15_7b_qlora"])
 def test_recipes_differ_in_the_method_alone(recipe: str) -> None:
     label = re.sub(r"^llava15_\d+b_", "", recipe)
     encoder = next((e for e in ("siglip", "dinov3") if e in recipe), None)
@@ -137,6 +180,19 @@ def test_recipes_differ_in_the_method_alone(recipe: str) -> None:
     assert config_text(cfg) == config_text(other)
     assert vft.type.__name__ == method_name(recipe)
     assert {key: value for key, value in vft.items() if key != "type"} == OPTIONS.get(label, {})
+
+
+def test_qlora_tunes_a_quantised_llm_by_updates() -> None:
+    first, last = (stages_of("llava15_7b_qlora")[name] for name in ("pretrain", "finetune"))
+    assert last.model.llm.quantization == first.model.llm.quantization == "nf4"
+    assert first.model.llm.lora is None and first.model.llm.freeze
+    trained = {
+        name
+        for name, p in model_of("llava15_7b_qlora", "finetune").named_parameters()
+        if p.requires_grad and not name.startswith("projector.")
+    }
+    assert len(trained) == 32 * 7 * 2 and all(".lora_" in name for name in trained)
+    assert last.optim_wrapper.lr == {"llm": 2e-4, "vision": "method"}
 
 
 def test_bases_differ_in_encoder_or_llm_alone() -> None:
@@ -310,8 +366,9 @@ def test_page_of_recipes_equals_the_recipes() -> None:
     for _, _, _, mean, recipe, trainable in page_rows(6):
         listed[recipe.strip("`")] = (mean, trainable)
     listed.pop("recipe")
-    assert sorted(listed) == LLAVA
+    assert sorted(listed) == sorted(LLAVA + INTERNVL)
     for recipe, (mean, trainable) in listed.items():
         assert trainable == f"{GOLDEN[recipe]['vision_trainable']:,}", recipe
         text = (CONFIG_ROOT / f"{recipe}.py").read_text()
-        assert f"(the paper's mean: {mean})" in text, recipe
+        quoted = "No row of the paper" if mean == "-" else f"(the paper's mean: {mean})"
+        assert quoted in text, recipe

@@ -1,6 +1,7 @@
 """Small tokenizers trained on the spot, one per family that the templates are written for."""
 
 import json
+import shutil
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -27,12 +28,12 @@ _TEXT = [
 
 
 @lru_cache
-def llama_tokenizer() -> PreTrainedTokenizerBase:
-    """Sentencepiece BPE with byte fallback, which puts a BOS token and a space before a text."""
-    folder = Path(tempfile.mkdtemp())
+def sentencepiece_model() -> Path:
+    """Sentencepiece BPE with byte fallback, as Llama's; the model file."""
+    path = Path(tempfile.mkdtemp()) / "tokenizer.model"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_TEXT),
-        model_prefix=str(folder / "tokenizer"),
+        model_prefix=str(path.with_suffix("")),
         model_type="bpe",
         vocab_size=400,
         byte_fallback=True,
@@ -46,9 +47,37 @@ def llama_tokenizer() -> PreTrainedTokenizerBase:
         pad_id=-1,
         minloglevel=2,
     )
+    return path
+
+
+@lru_cache
+def llama_tokenizer(*, legacy: bool = True) -> PreTrainedTokenizerBase:
+    """The Llama kind, which puts a BOS token and a space before a text.
+
+    Args:
+        legacy: Put the space behind special tokens, too.
+    """
+    return _llama(legacy)
+
+
+@lru_cache
+def phi3_tokenizer(*, legacy: bool = False) -> PreTrainedTokenizerBase:
+    """The Llama kind with Phi-3's role tokens, which swallow the white space to their right."""
+    tokenizer = _llama(legacy)
+    roles = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer.add_tokens([AddedToken(r, rstrip=True, normalized=False) for r in roles], True)
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<img>", "</img>")], True)
+    return tokenizer
+
+
+def _llama(legacy: bool) -> PreTrainedTokenizerBase:
+    # A folder with the model: of a file alone the class makes a vocabulary of three, and what
+    # save_pretrained writes has lost ``legacy``.
+    folder = Path(tempfile.mkdtemp())
+    shutil.copy(sentencepiece_model(), folder / "tokenizer.model")
     config = {
         "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,
+        "legacy": legacy,
         "add_bos_token": True,
         "bos_token": "<s>",
         "eos_token": "</s>",
@@ -56,18 +85,6 @@ def llama_tokenizer() -> PreTrainedTokenizerBase:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return LlamaTokenizer.from_pretrained(folder)
-
-
-@lru_cache
-def phi3_tokenizer() -> PreTrainedTokenizerBase:
-    """The Llama kind with Phi-3's role tokens, which swallow the white space to their right."""
-    folder = Path(tempfile.mkdtemp())
-    llama_tokenizer().save_pretrained(folder)
-    tokenizer = LlamaTokenizer.from_pretrained(folder)
-    roles = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    tokenizer.add_tokens([AddedToken(r, rstrip=True, normalized=False) for r in roles], True)
-    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("<img>", "</img>")], True)
-    return tokenizer
 
 
 @lru_cache

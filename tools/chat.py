@@ -1,8 +1,20 @@
-"""Ask a trained model about images: one question, or a conversation on the terminal."""
+"""Ask a trained model about images: questions given here, or a conversation on the terminal."""
+
+from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from covft.chat import ChatSession
+
+HELP = """\
+/image PATH   the next question is about this image, too; may be repeated
+/reset        forget the conversation and its images
+/quit         end; so does an empty line
+Ctrl-C stops an answer; it and its question are forgotten."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -13,8 +25,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--image", action="append", default=[], help="an image; may be repeated")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument(
+        "--context",
+        choices=["pinned", "refreshed"],
+        default="pinned",
+        help="what context-aware encoders read: the first question, or each question",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens only")
+    parser.add_argument("--seed", type=int, help="repeat the same draws")
     # Options may stand between the run and the questions.
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if not args.temperature and (args.top_p is not None or args.seed is not None):
+        parser.error("--top-p and --seed would be ignored without --temperature")
+    return args
 
 
 def main() -> None:
@@ -22,17 +46,69 @@ def main() -> None:
     args = parse_args()
     from covft.chat import ChatSession
     from covft.checkpoints import load_run
+    from covft.datasets import load_image
+    from covft.models.sampling import Sampling
 
-    run = load_run(args.run, device=args.device)
-    session = ChatSession(run.model, run.spec, args.image, resize=run.resize)
+    images = [load_image(path) for path in args.image]  # before the model, which takes longer
+    sampling = None
+    if args.temperature:
+        sampling = Sampling(args.temperature, 1.0 if args.top_p is None else args.top_p, args.seed)
+    run = load_run(args.run, device=checked_device(args.device))
+    session = ChatSession(
+        run.model, run.spec, images, resize=run.resize, context=args.context, sampling=sampling
+    )
     for question in args.question:
         print(f"> {question}")
-        print(session.ask(question, max_new_tokens=args.max_new_tokens), flush=True)
-    if args.question:
-        return
-    print("An empty line ends the conversation.")
-    while question := input("> ").strip():
-        print(session.ask(question, max_new_tokens=args.max_new_tokens), flush=True)
+        answer(session, question, args.max_new_tokens)
+    if not args.question:
+        converse(session, args.max_new_tokens)
+
+
+def checked_device(name: str | None) -> str | None:
+    """Return a device's name, or None for the default.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    import torch
+
+    if name is not None:
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device {name} can't be used: {reason}") from error
+    return name
+
+
+def answer(session: ChatSession, question: str, max_new_tokens: int) -> None:
+    """Print an answer while it comes."""
+    for piece in session.stream(question, max_new_tokens=max_new_tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+def converse(session: ChatSession, max_new_tokens: int) -> None:
+    """Read questions and commands from the terminal until the end; mistakes don't end it."""
+    print(HELP)
+    line = "/help"
+    while line and line != "/quit":
+        try:
+            line = input("> ").strip()
+            command, _, rest = line.partition(" ")
+            if command == "/reset":
+                session.reset()
+            elif command == "/image":
+                session.add_images([Path(rest.strip()).expanduser()])
+                print(f"the next question is about {len(session.images)} image(s)")
+            elif command.startswith("/") and line != "/quit":
+                print(f"'{command}' is unknown\n{HELP}")
+            elif line != "/quit" and line:
+                answer(session, line, max_new_tokens)
+        except KeyboardInterrupt:
+            print("\n(stopped; the question is forgotten)")
+        except ValueError as error:
+            print(f"error: {error}")
 
 
 if __name__ == "__main__":
@@ -40,5 +116,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, FileNotFoundError, ImportError, ConnectionError) as error:
         sys.exit(f"error: {error}")
-    except EOFError:
+    except (EOFError, KeyboardInterrupt):
         print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
 
+from covft.checkpoints.importing import import_checkpoint, is_public
 from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
 from covft.config import CONFIG_NAME, load_config, stage_configs
 from covft.datasets.spec import InputSpec
+from covft.datasets.tiling import Resizing, checked_resizing
 from covft.models.mllm import MLLM
 from covft.registry import MODELS
 
@@ -25,14 +28,14 @@ class Run:
         spec: What it expects of its data.
         config: The run's config.
         weights: The files that were loaded, in order.
-        resize: How training made images square; None is the encoder's own way.
+        resize: How training made images square, tiles included; None is the encoder's own way.
     """
 
     model: MLLM
     spec: InputSpec
     config: Config
     weights: tuple[Path, ...]
-    resize: str | None
+    resize: Resizing
 
 
 def build_model(stage: Config, *, seed: int = 0) -> MLLM:
@@ -59,15 +62,28 @@ def run_weights(root: Path, config: Config) -> list[Path]:
 
 
 def load_start(model: MLLM, stage: Config) -> None:
-    """Load what ``load_from`` names, if it is set: a file, a stage's folder, or a whole run."""
+    """Load what ``load_from`` names, if it is set.
+
+    That is a weights file, a stage's folder, a whole run, or a public checkpoint
+    (:func:`~covft.checkpoints.importing.import_checkpoint`).
+    """
     if not stage.get("load_from"):
         return
     path = Path(stage.load_from)
-    files = [path]
     if (path / CONFIG_NAME).is_file():
-        files = run_weights(path, load_config(path / CONFIG_NAME))
-    for file in files:
-        load_weights(model, file)
+        for file in run_weights(path, load_config(path / CONFIG_NAME)):
+            load_weights(model, file)
+    elif is_public(path):
+        imported = import_checkpoint(model, path)
+        random = [n for n in imported.kept if model.weights_sources().get(n) == "random"]
+        if random:
+            warnings.warn(
+                f"{path} (layout '{imported.layout}') holds no {' and no '.join(random)}, which "
+                "the config leaves random; set weights there",
+                stacklevel=2,
+            )
+    else:
+        load_weights(model, path)
 
 
 def best_device() -> str:
@@ -107,7 +123,8 @@ def load_run(path: str | Path, *, device: str | None = None) -> Run:
     # What a stage froze was left out of its file, and is in that of an earlier one.
     for file in files:
         load_weights(model, file)
-    resize = stages[-1][1].train_dataset.get("resize")
+    data = stages[-1][1].train_dataset
+    resize = checked_resizing(data.get("resize"), data.get("max_tiles"))
     return Run(
         model.to(device or best_device()).eval(), InputSpec.of(model), config, tuple(files), resize
     )

@@ -86,12 +86,12 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
         {name: value.shape for name, value in own.items() if name in loaded},
         source=str(file),
     )
-    _check_tied(own, loaded, source=str(file))
+    check_tied(own, loaded, source=str(file))
     copy_into(own, loaded)
     return sorted(loaded)
 
 
-def _check_tied(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], *, source: str) -> None:
+def check_tied(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], *, source: str) -> None:
     """Refuse different values for names that are one tensor in the model: the last would win."""
     first: dict[tuple[int, int], str] = {}
     for name, value in loaded.items():

@@ -5,19 +5,21 @@ that the ids equal those that LLaVA's and InternVL's own preprocessing feeds to 
 come from the tokens' character offsets: comparing lengths of separately tokenised turns is off by
 one as soon as a tokenizer treats the start of a text differently. The templates put every border
 between a question and its answer where pre-tokenisers and special tokens split anyway, which makes
-the prompt of the last question an exact prefix of the whole.
+the prompt of the last question an exact prefix of the whole. Special tokens come from the template
+alone: their names in somebody's text are text (:mod:`covft.conversation.literals`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from covft.conversation.literals import literal_tokenizer, special_names
 from covft.conversation.templates import IMAGE_TOKEN, Template
 from covft.conversation.turns import Turn, checked_turns, placed_images
 
@@ -146,6 +148,7 @@ def decoded_spans(
 class _Piece:
     text: str
     supervised: bool = False
+    literal: bool = False  # somebody's words, not the template's
 
 
 def _rendered(
@@ -159,12 +162,18 @@ def _rendered(
             if not template.keep_questions:
                 text = IMAGE_TOKEN * text.count(IMAGE_TOKEN)
             markup = template.image_prefix + IMAGE_TOKEN + template.image_suffix
-            text = text.replace(IMAGE_TOKEN, markup)
-            pieces.append(_Piece(template.before_question + text + template.after_question))
+            first, *others = text.split(IMAGE_TOKEN)
+            pieces += [_Piece(template.before_question), _Piece(first, literal=True)]
+            for other in others:
+                pieces += [_Piece(markup), _Piece(other, literal=True)]
+            pieces.append(_Piece(template.after_question))
         else:
-            lead = template.answer_lead if text else ""
-            pieces.append(_Piece(lead + text + end, supervised=True))
-            pieces.append(_Piece(template.after_answer))
+            pieces += [
+                _Piece(template.answer_lead if text else "", supervised=True),
+                _Piece(text, supervised=True, literal=True),
+                _Piece(end, supervised=True),
+                _Piece(template.after_answer),
+            ]
     return pieces
 
 
@@ -185,6 +194,7 @@ def _tokenised(
         num_image_tokens = [num_image_tokens] * tags
     turns = placed_images(turns, len(num_image_tokens), template=template, sample_id=sample_id)
     pieces = _rendered(turns, template, tokenizer)
+    names = special_names(tokenizer, {piece.text for piece in pieces if not piece.literal})
 
     ids = _leading_ids(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
@@ -193,7 +203,7 @@ def _tokenised(
             count = num_image_tokens[number - 1]
             ids += [IMAGE_TOKEN_ID] * count
             labels += [IGNORE_INDEX] * count
-        chunk_ids, chunk_labels = _chunk_ids(chunk, tokenizer)
+        chunk_ids, chunk_labels = _chunk_ids(chunk, tokenizer, names)
         ids += chunk_ids
         labels += chunk_labels
     return ids, labels
@@ -209,31 +219,46 @@ def _chunks(pieces: Iterable[_Piece]) -> list[list[_Piece]]:
     chunks: list[list[_Piece]] = [[]]
     for piece in pieces:
         first, *others = piece.text.split(IMAGE_TOKEN)
-        chunks[-1].append(_Piece(first, piece.supervised))
-        chunks += [[_Piece(other, piece.supervised)] for other in others]
+        chunks[-1].append(replace(piece, text=first))
+        chunks += [[replace(piece, text=other)] for other in others]
     return chunks
 
 
 def _chunk_ids(
-    chunk: list[_Piece], tokenizer: PreTrainedTokenizerBase
+    chunk: list[_Piece], tokenizer: PreTrainedTokenizerBase, names: frozenset[str]
 ) -> tuple[list[int], list[int]]:
-    text = "".join(piece.text for piece in chunk)
-    if not text:
+    if not any(piece.text for piece in chunk):
         return [], []
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = list(encoded["input_ids"])
+    if any(name in piece.text for piece in chunk if piece.literal for name in names):
+        literal = literal_tokenizer(tokenizer, names)
+        chunk = [
+            replace(p, text=literal.literal(p.text) if p.literal else literal.markup(p.text))
+            for p in chunk
+        ]
+        ids, offsets = literal.tokenise("".join(piece.text for piece in chunk))
+    else:
+        text = "".join(piece.text for piece in chunk)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
     labels = [IGNORE_INDEX] * len(ids)
-    spans, position = [], 0
-    for piece in chunk:
-        if piece.supervised:
-            spans.append((position, position + len(piece.text)))
-        position += len(piece.text)
     token = 0
-    offsets = encoded["offset_mapping"]
-    for start, end in spans:
+    for start, end in _supervised_spans(chunk):
         while token < len(ids) and offsets[token][0] < start:
             token += 1
         while token < len(ids) and offsets[token][1] <= end:
             labels[token] = ids[token]
             token += 1
     return ids, labels
+
+
+def _supervised_spans(chunk: Iterable[_Piece]) -> list[tuple[int, int]]:
+    """Return where the text is supervised; a token may reach over the pieces of one answer."""
+    spans: list[tuple[int, int]] = []
+    position = 0
+    for piece in chunk:
+        start, position = position, position + len(piece.text)
+        if piece.supervised and spans and spans[-1][1] == start:
+            spans[-1] = (spans[-1][0], position)
+        elif piece.supervised:
+            spans.append((start, position))
+    return spans

@@ -42,6 +42,9 @@ class Template:
             places carry meaning and stay.
         strip: Remove white space around questions and answers.
         keep_questions: False drops the questions and leaves their images (captioning).
+        added_tokens: Markup that the tokenizer must have as tokens of its own: in pieces, the model
+            would read it as text.
+        tokenizer_source: A published tokenizer that has them, for the error where they are missing.
     """
 
     name: str
@@ -57,6 +60,8 @@ class Template:
     image_first: bool = False
     strip: bool = True
     keep_questions: bool = True
+    added_tokens: tuple[str, ...] = ()
+    tokenizer_source: str = ""
 
     def end_of_answer(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the text that ends an answer.
@@ -72,6 +77,22 @@ class Template:
                 f"{type(tokenizer).__name__} has none; choose another template or set eos_token"
             )
         return str(tokenizer.eos_token)
+
+    def check_added_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Check that a tokenizer has the template's markup.
+
+        Raises:
+            ValueError: If it lacks some of ``added_tokens``.
+        """
+        known = tokenizer.get_added_vocab() if self.added_tokens else {}
+        missing = [token for token in self.added_tokens if token not in known]
+        if missing:
+            raise ValueError(
+                f"template '{self.name}' writes {', '.join(missing)}, which this "
+                f"{type(tokenizer).__name__} has no tokens for; set model.llm.tokenizer to one "
+                f"that has them, such as '{self.tokenizer_source}' (or add them by add_tokens(..., "
+                "special_tokens=True), save_pretrained, and set that folder)"
+            )
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the token ids at which generation ends: the terminator's, and end-of-sequence.
@@ -133,23 +154,36 @@ def plain() -> Template:
     )
 
 
+INTERNVL2_SYSTEM = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
+    "英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+
+
 @TEMPLATES.register_module(name="phi3-chat")
-def phi3_chat() -> Template:
+def phi3_chat(system: str = INTERNVL2_SYSTEM, image_marks: bool = True) -> Template:
     """Phi-3 as in InternVL2-4B (Chen et al., 2024), with its system prompt and image markup.
 
-    There is no line break after ``<|end|>``; images stay where the question has them.
+    There is no line break after ``<|end|>``; images stay where the question has them, all tiles of
+    one between a single pair of marks. Phi-3's own tokenizer lacks the marks; InternVL2-4B's is
+    Phi-3's with them added, in rows that Phi-3's embeddings have to spare.
+
+    Args:
+        system: The system prompt; empty for none.
+        image_marks: Whether ``<img>`` and ``</img>`` stand around an image's tokens. False goes
+            with Phi-3's own tokenizer.
     """
+    marks = ("<img>", "</img>") if image_marks else ("", "")
     return Template(
         name="phi3-chat",
-        system=(
-            "<|system|>\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
-            "英文名叫InternVL, 是一个有用无害的人工智能助手。<|end|>"
-        ),
+        system=f"<|system|>\n{system}<|end|>" if system else "",
         before_question="<|user|>\n",
         after_question="<|end|><|assistant|>\n",
         terminator="<|end|>",
-        image_prefix="<img>",
-        image_suffix="</img>",
+        image_prefix=marks[0],
+        image_suffix=marks[1],
+        added_tokens=marks if image_marks else (),
+        tokenizer_source="OpenGVLab/InternVL2-4B",
     )
 
 

@@ -4,9 +4,11 @@ from covft.datasets.annotations import read_annotations
 from covft.datasets.collate import Collator
 from covft.datasets.easy_vqa import EasyVQADataset
 from covft.datasets.instruct import InstructDataset
+from covft.datasets.internvl import InternVLDataset
 from covft.datasets.sample import BadSample, Sample
 from covft.datasets.sampler import StepBatchSampler
 from covft.datasets.spec import InputSpec
+from covft.datasets.tiling import Tiles, tiled
 from covft.datasets.transforms import load_image, transform
 
 __all__ = [
@@ -15,9 +17,12 @@ __all__ = [
     "EasyVQADataset",
     "InputSpec",
     "InstructDataset",
+    "InternVLDataset",
     "Sample",
     "StepBatchSampler",
+    "Tiles",
     "load_image",
     "read_annotations",
+    "tiled",
     "transform",
 ]

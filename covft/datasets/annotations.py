@@ -81,8 +81,26 @@ def check_record(record: Record, *, template: Template) -> None:
     turns = record.get("conversations")
     if not isinstance(turns, Sequence) or isinstance(turns, str):
         raise ValueError("'conversations' is missing or no list of turns")
+    if record.get("video"):
+        raise ValueError("it has a video, which isn't supported; leave it out of the annotations")
     checked = checked_turns(turns, answered=True)
     placed_images(checked, len(image_paths(record)), template=template)
+
+
+def image_sizes(record: Record) -> list[tuple[int, int]] | None:
+    """Return width and height of a record's images if it states them, as InternVL's data do.
+
+    ``width`` and ``height`` are for one image, ``width_list`` and ``height_list`` for several.
+    """
+    count = len(image_paths(record))
+    sides = []
+    for name in ("width", "height"):
+        value = record.get(f"{name}_list", record.get(name))
+        values = value if isinstance(value, list) else [value]
+        if len(values) != count or not all(isinstance(v, int) and v > 0 for v in values):
+            return None
+        sides.append(values)
+    return list(zip(*sides, strict=True))
 
 
 def estimated_length(record: Record, *, num_image_tokens: int) -> int:
@@ -90,6 +108,10 @@ def estimated_length(record: Record, *, num_image_tokens: int) -> int:
 
     Four bytes a token hold for English and, at three bytes a character, roughly for Chinese too;
     counting words would call any Chinese text one word.
+
+    Args:
+        record: With turns that have been checked.
+        num_image_tokens: Tokens of all its images together.
     """
     num_bytes = sum(len(turn["value"].encode()) for turn in record["conversations"])
-    return math.ceil(num_bytes / 4) + num_image_tokens * len(image_paths(record))
+    return math.ceil(num_bytes / 4) + num_image_tokens

@@ -28,7 +28,7 @@ class Collator:
         self._pad_token_id = 0 if pad_token_id is None else pad_token_id
 
     def __call__(self, samples: Sequence[Sample | BadSample]) -> dict[str, Any]:
-        """Return a batch of B good samples with I images.
+        """Return a batch of B good samples with I images; of tiled ones, every tile is one.
 
         Args:
             samples: What the dataset gave.

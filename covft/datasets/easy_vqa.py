@@ -114,6 +114,7 @@ class EasyVQADataset(InstructDataset):
         max_turns: Questions of a conversation at most; only for conversations.
         seed: Of the questions' order; only for conversations.
         resize: As for :class:`InstructDataset`.
+        max_tiles: As for :class:`InstructDataset`.
         max_length: As for :class:`InstructDataset`.
         on_bad: As for :class:`InstructDataset`.
 
@@ -132,6 +133,7 @@ class EasyVQADataset(InstructDataset):
         max_turns: int | None = None,
         seed: int | None = None,
         resize: str | None = None,
+        max_tiles: int | None = None,
         max_length: int = 2048,
         on_bad: Literal["skip", "raise"] = "skip",
     ) -> None:
@@ -153,6 +155,7 @@ class EasyVQADataset(InstructDataset):
             spec=spec,
             image_root=root,
             resize=resize,
+            max_tiles=max_tiles,
             max_length=max_length,
             on_bad=on_bad,
         )

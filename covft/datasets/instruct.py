@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
 from mmengine.logging import print_log
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from covft.conversation import context_text, decoded_spans, encode
@@ -18,11 +16,13 @@ from covft.datasets.annotations import (
     check_record,
     estimated_length,
     image_paths,
+    image_sizes,
     read_annotations,
 )
 from covft.datasets.sample import BadSample, Sample
 from covft.datasets.spec import InputSpec
-from covft.datasets.transforms import checked_resize, load_image, transform
+from covft.datasets.tiling import Resizing, Tiles, checked_resizing, num_squares, squares, stacked
+from covft.datasets.transforms import load_image
 from covft.registry import DATASETS
 
 _NUM_LISTED = 5
@@ -40,7 +40,9 @@ class InstructDataset(Dataset[Sample | BadSample]):
         annotations: A .json or .jsonl file, or a list of files and records.
         spec: The model's side.
         image_root: Folder that the images' paths are relative to.
-        resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
+        resize: ``crop``, ``stretch``, ``pad`` or ``tiles`` instead of the encoder's own way.
+        max_tiles: With ``resize="tiles"``: how many a sample has at most, see
+            :class:`covft.datasets.Tiles`.
         max_length: Longest conversation in tokens, images included.
         on_bad: What happens to samples that can't be used. ``skip``: those found at construction
             are listed in ``bad`` and left out, those found at loading are returned as
@@ -48,6 +50,7 @@ class InstructDataset(Dataset[Sample | BadSample]):
 
     Attributes:
         bad: The samples that construction has left out.
+        resize: How images become squares; what inference has to do, too.
 
     Raises:
         ValueError: If annotations can't be read or no sample is usable.
@@ -60,6 +63,7 @@ class InstructDataset(Dataset[Sample | BadSample]):
         spec: InputSpec,
         image_root: str = "",
         resize: str | None = None,
+        max_tiles: int | None = None,
         max_length: int = 2048,
         on_bad: Literal["skip", "raise"] = "skip",
     ) -> None:
@@ -67,7 +71,7 @@ class InstructDataset(Dataset[Sample | BadSample]):
             raise ValueError(f"on_bad must be 'skip' or 'raise', got {on_bad!r}")
         self.spec = spec
         self.image_root = Path(image_root)
-        self.resize = None if resize is None else checked_resize(resize)
+        self.resize = checked_resizing(resize, max_tiles)
         self.max_length = max_length
         self.on_bad = on_bad
         self.bad: list[BadSample] = []
@@ -87,7 +91,8 @@ class InstructDataset(Dataset[Sample | BadSample]):
                 continue
             self._records.append(record)
             self._ids.append(sample_id)
-            length = estimated_length(record, num_image_tokens=self.spec.num_image_tokens)
+            tokens = self._num_squares(record) * self.spec.num_image_tokens
+            length = estimated_length(record, num_image_tokens=tokens)
             self._lengths.append(min(length, self.max_length))
 
     def _report_bad(self) -> None:
@@ -116,30 +121,45 @@ class InstructDataset(Dataset[Sample | BadSample]):
             return BadSample(sample_id, str(error))
 
     def _load(self, record: Record, sample_id: str) -> Sample:
-        pixel_values = self._pixel_values(record)
+        images = [load_image(self.image_root / path) for path in image_paths(record)]
+        pixels = squares(images, self.spec.image, resize=self.resize_of(record))
         encoded = encode(
             record["conversations"],
             template=self.spec.template,
             tokenizer=self.spec.tokenizer,
-            num_image_tokens=[self.spec.num_image_tokens] * len(pixel_values),
+            num_image_tokens=[self.spec.num_image_tokens * len(image) for image in pixels],
             max_length=self.max_length,
         )
         return Sample(
             id=sample_id,
             input_ids=encoded.input_ids,
             labels=encoded.labels,
-            pixel_values=pixel_values,
-            context_text=context_text(record["conversations"]),
+            pixel_values=stacked(pixels, self.spec.image),
+            context_text=self._context_text(record),
             num_truncated=encoded.num_truncated,
         )
 
-    def _pixel_values(self, record: Record) -> Tensor:
-        images = [
-            transform(load_image(self.image_root / path), self.spec.image, resize=self.resize)
-            for path in image_paths(record)
-        ]
-        size = self.spec.image.image_size
-        return torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
+    def _context_text(self, record: Record) -> str:
+        text, suffix = context_text(record["conversations"]), self.spec.context_suffix
+        return text if text.endswith(suffix) else text + suffix
+
+    def _num_squares(self, record: Record) -> int:
+        """Count the squares of a record's images, or bound them where it doesn't state its sizes.
+
+        Opening every image for the sampler's sake would take hours.
+        """
+        resize, count = self.resize_of(record), len(image_paths(record))
+        if not isinstance(resize, Tiles):
+            return count
+        share, sizes = resize.share(count), image_sizes(record)
+        if sizes is None:
+            return count * share.max_squares
+        grid = {"tile_size": self.spec.image.image_size, "max_tiles": share.max_tiles}
+        return sum(num_squares(width, height, **grid) for width, height in sizes)
+
+    def resize_of(self, record: Record) -> Resizing:
+        """Return how a record's images become squares; the dataset's way unless a subclass says."""
+        return self.resize
 
     def record(self, index: int) -> Record:
         """Return the annotation behind an index."""

@@ -14,7 +14,8 @@ from covft.conversation import IGNORE_INDEX, Turn, context_text, encode_prompt
 from covft.datasets.collate import Collator
 from covft.datasets.sample import Sample
 from covft.datasets.spec import InputSpec
-from covft.datasets.transforms import transform
+from covft.datasets.streaming import answer_text
+from covft.datasets.tiling import Resizing, squares, stacked
 from covft.models.mllm import MLLM
 from covft.models.vision.feature_cache import FeatureCache
 
@@ -37,17 +38,29 @@ class Prompt:
 
 
 def collate_prompts(
-    prompts: Sequence[Prompt], spec: InputSpec, *, resize: str | None = None
+    prompts: Sequence[Prompt], spec: InputSpec, *, resize: Resizing = None
 ) -> dict[str, Any]:
     """Return the arguments of :meth:`covft.models.MLLM.generate` for prompts.
 
     Args:
         prompts: What to ask.
         spec: The model's side.
-        resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
+        resize: How images become squares, a run's ``resize``; None is the encoder's own way.
     """
     batch = Collator(spec)([_sample(prompt, spec, resize) for prompt in prompts])
     return {key: value for key, value in batch.items() if key not in ("labels", "bad_samples")}
+
+
+def prompt_batch(
+    prompts: Sequence[Prompt],
+    spec: InputSpec,
+    *,
+    device: torch.device | str,
+    resize: Resizing = None,
+) -> dict[str, Any]:
+    """Return what :func:`collate_prompts` does, on a device."""
+    batch = collate_prompts(prompts, spec, resize=resize)
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def generate_answers(
@@ -56,7 +69,7 @@ def generate_answers(
     spec: InputSpec,
     *,
     max_new_tokens: int,
-    resize: str | None = None,
+    resize: Resizing = None,
     feature_cache: FeatureCache | None = None,
 ) -> list[str]:
     """Return a model's answers to prompts, generated greedily in one batch.
@@ -66,18 +79,15 @@ def generate_answers(
         prompts: What to ask; at least one.
         spec: The model's side.
         max_new_tokens: Longest answer in tokens.
-        resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
+        resize: How images become squares, a run's ``resize``; None is the encoder's own way.
         feature_cache: Kept by the caller where several batches ask about the same images.
     """
-    batch: dict[str, Any] = {
-        key: value.to(model.device) if isinstance(value, Tensor) else value
-        for key, value in collate_prompts(prompts, spec, resize=resize).items()
-    }
+    batch = prompt_batch(prompts, spec, device=model.device, resize=resize)
     stops = spec.template.stop_token_ids(spec.tokenizer)
     new_ids = model.generate(
         **batch, feature_cache=feature_cache, max_new_tokens=max_new_tokens, eos_token_id=stops
     )
-    return [spec.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
+    return [answer_text(ids, spec.tokenizer) for ids in new_ids]
 
 
 def blank_like(image: Image.Image) -> Image.Image:
@@ -85,23 +95,20 @@ def blank_like(image: Image.Image) -> Image.Image:
     return Image.new("RGB", image.size, (128, 128, 128))
 
 
-def _sample(prompt: Prompt, spec: InputSpec, resize: str | None) -> Sample:
-    size = spec.image.image_size
-    images = [transform(image, spec.image, resize=resize) for image in prompt.images]
+def _sample(prompt: Prompt, spec: InputSpec, resize: Resizing) -> Sample:
+    pixels = squares(prompt.images, spec.image, resize=resize)
     input_ids = encode_prompt(
         prompt.turns,
         template=spec.template,
         tokenizer=spec.tokenizer,
-        num_image_tokens=[spec.num_image_tokens] * len(images),
+        num_image_tokens=[spec.num_image_tokens * len(image) for image in pixels],
         sample_id=prompt.id,
     )
     return Sample(
         id=prompt.id,
         input_ids=input_ids,
         labels=torch.full_like(input_ids, IGNORE_INDEX),
-        pixel_values=(
-            torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
-        ),
+        pixel_values=stacked(pixels, spec.image),
         context_text=context_text(prompt.turns) if prompt.context is None else prompt.context,
         num_truncated=0,
     )

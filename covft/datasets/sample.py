@@ -23,8 +23,8 @@ class Sample:
         id: The annotation's id.
         input_ids: (T,); image tokens are ``IMAGE_TOKEN_ID``.
         labels: (T,); ``IGNORE_INDEX`` where unsupervised.
-        pixel_values: (I, 3, S, S) uint8; I is 0 for text alone.
-        context_text: The human turns, without images.
+        pixel_values: (I, 3, S, S) uint8; I is 0 for text alone, and counts every tile.
+        context_text: The human turns, without images; in training with the spec's suffix.
         num_truncated: Tokens that the maximum length has cut off.
     """
 

@@ -38,7 +38,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def transform(image: Image.Image, spec: ImageSpec, *, resize: str | None = None) -> Tensor:
-    """Make an image the square that an encoder takes.
+    """Make an image the square that an encoder takes; for several, see :mod:`.tiling`.
 
     Args:
         image: RGB, of any size.
@@ -59,6 +59,11 @@ def transform(image: Image.Image, spec: ImageSpec, *, resize: str | None = None)
         image = _cropped(image, size)
     else:
         image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return as_pixels(image)
+
+
+def as_pixels(image: Image.Image) -> Tensor:
+    """Return an RGB image's pixels, (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 

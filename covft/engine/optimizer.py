@@ -1,10 +1,10 @@
-"""The optimizer: a learning rate per module, precision, clipping."""
+"""The optimizer: a learning rate per module, precision, clipping, moments in 8 bits."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from covft.checkpoints.trainable import unwrapped
+from covft.models.llm_adapters import import_bitsandbytes
 from covft.registry import OPTIM_WRAPPERS, Registry, nearest
 
 OPTIMIZERS = Registry(
@@ -105,12 +106,14 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> AutocastOpt
 
     Args:
         model: The model, on its device, frozen where it is to be.
-        cfg: ``optimizer`` (``dict(type="AdamW", lr=..., weight_decay=...)``), ``lr`` (a learning
-            rate per prefix of parameter names, the longest prefix wins; "method" stands for the
-            VFT method's own), and the arguments of :class:`AutocastOptimWrapper`.
+        cfg: ``optimizer`` (``dict(type="AdamW", lr=..., weight_decay=...)``; "AdamW8bit" and
+            "PagedAdamW8bit" need bitsandbytes), ``lr`` (a learning rate per prefix of parameter
+            names, the longest prefix wins; "method" stands for the VFT method's own), and the
+            arguments of :class:`AutocastOptimWrapper`.
 
     Raises:
         ValueError: If nothing is trainable, or a prefix matches no parameter.
+        ImportError: If the optimizer's package isn't installed.
     """
     arguments = dict(cfg)
     optimizer_cfg = dict(arguments.pop("optimizer", None) or {})
@@ -172,6 +175,41 @@ def parameter_groups(
         )
         group["params"].append((name, parameter))
     return list(groups.values())
+
+
+def _eight_bit(kind: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return what builds the optimizer of that name in bitsandbytes, which it imports only then."""
+
+    def build(
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        min_8bit_size: int = 4096,
+    ) -> torch.optim.Optimizer:
+        bitsandbytes = import_bitsandbytes(f"optim_wrapper.optimizer '{kind}'")
+        optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, kind)(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            min_8bit_size=min_8bit_size,
+        )
+        return optimizer
+
+    build.__name__ = kind
+    return build
+
+
+# AdamW with moments in 8 bits, quantised in blocks (Dettmers et al., ICLR 2022); "Paged" lets them
+# move to the host's memory when a GPU's is full. Parameters below ``min_8bit_size`` elements keep
+# float32 moments. Weights stay as they are: float32 ones, since bfloat16 would round most steps of
+# a fine-tuning away.
+for _kind in ("AdamW8bit", "PagedAdamW8bit"):
+    OPTIMIZERS.register_module(name=_kind, module=_eight_bit(_kind))
 
 
 def _resolve_rates(prefix_lr: Mapping[str, float | str], model: nn.Module) -> dict[str, float]:

@@ -16,6 +16,7 @@ from PIL import Image
 from covft.conversation import IMAGE_TOKEN
 from covft.datasets.prompts import Prompt, blank_like, generate_answers
 from covft.datasets.spec import InputSpec
+from covft.datasets.tiling import Resizing, Tiles
 from covft.datasets.transforms import load_image
 from covft.evaluation.benchmark import Benchmark, Item
 from covft.evaluation.predictions import Predictions
@@ -49,7 +50,7 @@ def evaluate(
     weights_id: str,
     batch_size: int = 32,
     blank_images: bool = False,
-    resize: str | None = None,
+    resize: Resizing = None,
     tag: str = "",
     feature_cache_bytes: int = DEFAULT_MAX_BYTES,
 ) -> EvaluationResult:
@@ -66,7 +67,7 @@ def evaluate(
         weights_id: Identifies the weights, see :func:`weights_fingerprint`.
         batch_size: Questions answered at a time.
         blank_images: Show mid-grey images instead: the blind baseline.
-        resize: ``crop``, ``stretch`` or ``pad`` instead of the encoder's own way.
+        resize: How images become squares, a run's ``resize``; None is the encoder's own way.
         tag: Put behind the benchmark's name in the file's.
         feature_cache_bytes: Memory for tokens of images that several questions are about, on the
             model's device; 0 encodes an image anew for every question. Results are equal up to the
@@ -76,11 +77,13 @@ def evaluate(
         ValueError: If ``feature_cache_bytes`` is negative, or too little for a single image.
     """
     cache = FeatureCache(max_bytes=feature_cache_bytes) if feature_cache_bytes else None
-    max_images = None if cache is None else cache.max_bytes // model.vision.cached_bytes
+    per_image = resize.max_squares if isinstance(resize, Tiles) else 1
+    per_image *= model.vision.cached_bytes
+    max_images = None if cache is None else cache.max_bytes // per_image
     items = benchmark.items()
     name = benchmark.name + ("_blank" if blank_images else "") + tag
     identity = json.dumps(
-        [weights_id, spec.template.name, resize, benchmark.max_new_tokens]
+        [weights_id, repr(spec.template), resize and str(resize), benchmark.max_new_tokens]
         + [[item.id, item.question, item.context, item.images] for item in items]
     )
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
@@ -154,7 +157,7 @@ def _answer(
     benchmark: Benchmark,
     predictions: Predictions,
     blank_images: bool,
-    resize: str | None,
+    resize: Resizing,
     cache: FeatureCache | None,
 ) -> None:
     prompts = []

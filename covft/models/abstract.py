@@ -17,13 +17,16 @@ def abstract_model(model_cfg: Mapping[str, Any]) -> MLLM:
 
     Args:
         model_cfg: The ``model`` of a config; it isn't changed. Nothing is read or downloaded, so
-            its parts must name an architecture, or be published ones that the code knows.
+            its parts must name an architecture, or be published ones that the code knows. A
+            quantised LLM is built as it is before it is quantised.
 
     Raises:
         ValueError: If the config doesn't make a model, or only files know a part's architecture.
     """
     cfg = dict(model_cfg)
-    cfg["llm"] = _without_files(cfg["llm"], LLMS)
+    # Packed weights would hide the shapes, and need a package of their own.
+    llm = {key: value for key, value in cfg["llm"].items() if key != "quantization"}
+    cfg["llm"] = _without_files(llm, LLMS)
     cfg["vision"] = dict(cfg["vision"])
     cfg["vision"]["backbone"] = _without_files(cfg["vision"]["backbone"], VISION_BACKBONES)
     if cfg.get("text_encoder"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +19,15 @@ from transformers import (
 )
 
 from covft.models.hub_variants import HubVariant, find_origin
+from covft.models.llm_adapters import (
+    adapt_linears,
+    checked_options,
+    merged_state_dict,
+    quantize_linears,
+)
+from covft.models.llm_files import load_llm, read_llm_config
 from covft.registry import LLMS
-from covft.weights import resolve
+from covft.weights import resolve, resolve_tokenizer
 
 
 @LLMS.register_module()
@@ -27,7 +36,7 @@ class CausalLM(nn.Module):
 
     Args:
         weights: None (random), ``pretrained`` (those of the variant that ``arch`` names), or a
-            folder or hub id with weights, tokenizer and config.
+            folder or hub id with weights, tokenizer and config: an LLM's, or InternVL2's.
         arch: A name in ``variants``; or, where ``weights`` is None, a transformers config
             (``model_type`` and its fields). Left out, the weights' config.json decides.
         tokenizer: Folder or hub id of the tokenizer; by default that of ``weights``. A model
@@ -38,10 +47,15 @@ class CausalLM(nn.Module):
             in a small model they are a large part of each optimizer step, and change little.
         dtype: Parameter type, a torch name such as "float32" or "bfloat16".
         checkpointing: Recompute each layer's activations in the backward pass.
+        lora: ``dict(rank=128, alpha=256, dropout=0.05, target=None)`` trains low-rank updates of
+            the linear layers instead of the weights, see :mod:`covft.models.llm_adapters`.
+        quantization: "nf4" keeps the linear layers' frozen weights in 4 bits (QLoRA); it needs
+            bitsandbytes, and ``lora`` or ``freeze``. ``dtype`` is then that of the rest.
 
     Raises:
-        ValueError: If ``weights`` and ``arch`` don't make a model, or the model changes its logits
-            after the output layer.
+        ValueError: If ``weights`` and ``arch`` don't make a model, the model changes its logits
+            after the output layer, or options don't go together.
+        ImportError: If a package is missing that an option needs.
     """
 
     #: Published models by the name that ``arch`` takes.
@@ -77,28 +91,35 @@ class CausalLM(nn.Module):
         freeze_embeddings: bool = False,
         dtype: str = "float32",
         checkpointing: bool = False,
+        lora: Mapping[str, Any] | None = None,
+        quantization: str | None = None,
     ) -> None:
         super().__init__()
+        low_rank = checked_options(
+            lora, quantization, freeze=freeze, freeze_embeddings=freeze_embeddings
+        )
+        self.dtype = getattr(torch, dtype)
         origin = find_origin(self.variants, arch=arch, weights=weights, part="llm")
         #: Where the weights were read from; None if they are random.
         self.weights_folder = None if origin.source is None else resolve(origin.source)
         if self.weights_folder is not None:
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(self.weights_folder), dtype=getattr(torch, dtype)
-            )
-            origin.check(self.model.config)
+            config = read_llm_config(self.weights_folder)
+            origin.check(config)
+            self.model: PreTrainedModel = load_llm(self.weights_folder, config, dtype=self.dtype)
         else:
             config = AutoConfig.for_model(**dict(origin.fields or {}))
-            self.model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        source = tokenizer or origin.source
-        self.tokenizer: PreTrainedTokenizerBase | None = (
-            AutoTokenizer.from_pretrained(str(resolve(source))) if source else None
-        )
+            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        folder = self.weights_folder if tokenizer is None else resolve_tokenizer(tokenizer)
+        self.tokenizer = None if folder is None else _read_tokenizer(folder)
         self.template = template or self.default_template
         # Without one of its own, generation is greedy, whatever a model's authors recommend.
         self.model.generation_config = GenerationConfig()
         _check_plain_logits(self.model.config)
-        self.requires_grad_(not freeze)
+        if quantization is not None:
+            quantize_linears(self.model)
+        self.requires_grad_(not freeze and low_rank is None)
+        if low_rank is not None:
+            adapt_linears(self.model, low_rank, dtype=self.dtype)
         if freeze_embeddings:
             self.model.get_input_embeddings().requires_grad_(False)
         self.checkpointing = checkpointing
@@ -125,6 +146,14 @@ class CausalLM(nn.Module):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Return vocabulary logits of any leading shape, (…, H) to (…, V)."""
         return self.model.get_output_embeddings()(hidden_states)
+
+    def merged_state_dict(self) -> dict[str, Tensor]:
+        """Return plain weights under transformers' names, on the CPU, for export.
+
+        Updates are merged in and 4-bit weights are dequantised, both to ``dtype``. Tied weights are
+        there under both names.
+        """
+        return merged_state_dict(self.model, dtype=self.dtype)
 
 
 def _llama2(hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
@@ -176,8 +205,9 @@ def _phi3_mini(positions: int, sliding_window: int) -> dict[str, Any]:
 class Phi3(CausalLM):
     """Phi-3-mini, with InternVL2's "phi3-chat" template.
 
-    InternVL2-4B is built on "mini-128k". Its long-context rope factors come with its weights; where
-    they are random, rope is the plain one, which has the same parameters.
+    InternVL2-4B is built on "mini-128k"; ``weights="OpenGVLab/InternVL2-4B"`` takes its LLM. The
+    long-context rope factors come with the weights; where they are random, rope is the plain one,
+    which has the same parameters.
     """
 
     variants = {  # noqa: RUF012
@@ -185,6 +215,16 @@ class Phi3(CausalLM):
         "mini-128k": HubVariant("microsoft/Phi-3-mini-128k-instruct", _phi3_mini(131072, 262144)),
     }
     default_template = "phi3-chat"
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    options: dict[str, Any] = {"trust_remote_code": False}
+    # transformers reads the config, too, and would stumble over the one of Phi-3's first release;
+    # a tokenizer's folder may also have none, or one that nothing but its tokenizer is used of.
+    with contextlib.suppress(ValueError):
+        options["config"] = read_llm_config(folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), **options)
+    return tokenizer
 
 
 def _check_plain_logits(config: Any) -> None:

@@ -50,7 +50,7 @@ class MLLM(nn.Module):
         projector: A projector's config; widths and token count are derived.
         llm: An LLM's config.
         text_encoder: The context encoder's config; built only if the VFT method reads context.
-        template: Conversation template; by default the LLM's.
+        template: Conversation template, by name or config; by default the LLM's.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MLLM(nn.Module):
         projector: Mapping[str, Any],
         llm: Mapping[str, Any],
         text_encoder: Mapping[str, Any] | None = None,
-        template: str | None = None,
+        template: str | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         check_arguments(VisionTower, {"vft": None, **vision}, where="model.vision")
@@ -90,7 +90,7 @@ class MLLM(nn.Module):
 
     @property
     def num_image_tokens(self) -> int:
-        """Number M of tokens that stand for one image in ``input_ids``."""
+        """Number M of tokens that stand for one image, or one tile of it, in ``input_ids``."""
         return self.projector.num_tokens
 
     @property
@@ -133,8 +133,8 @@ class MLLM(nn.Module):
             input_ids: Token ids with :data:`IMAGE_TOKEN_ID` at visual tokens, (B, T).
             labels: Token ids at supervised positions, ``IGNORE_INDEX`` elsewhere, (B, T).
             attention_mask: True at real positions, (B, T).
-            pixel_values: All images of the batch, uint8, (I, 3, S, S).
-            image_to_sample: The sample each image belongs to, ascending, (I,).
+            pixel_values: All images of the batch, or their tiles, uint8, (I, 3, S, S).
+            image_to_sample: The sample each row of them belongs to, ascending, (I,).
             context_ids: Text encoder's ids of each sample's instruction, (B, L).
             context_mask: True at real context tokens, (B, L).
             sample_ids: Names of the samples, for error messages.
@@ -165,6 +165,7 @@ class MLLM(nn.Module):
         context_mask: Tensor | None = None,
         sample_ids: Sequence[str] = (),
         feature_cache: FeatureCache | None = None,
+        visual_tokens: Tensor | None = None,
     ) -> Tensor:
         """Return the LLM's inputs, text and visual tokens merged, (B, T, H), see ``generate``."""
         if len(pixel_values) != len(image_to_sample):
@@ -172,9 +173,16 @@ class MLLM(nn.Module):
                 f"{len(pixel_values)} images, but image_to_sample names {len(image_to_sample)}"
             )
         self._check_counts(input_ids, image_to_sample, sample_ids)
-        tokens = self.visual_tokens(
-            pixel_values, image_to_sample, context_ids, context_mask, feature_cache
-        )
+        tokens = visual_tokens
+        if tokens is None:
+            tokens = self.visual_tokens(
+                pixel_values, image_to_sample, context_ids, context_mask, feature_cache
+            )
+        elif feature_cache is not None or len(tokens) != len(pixel_values):
+            raise ValueError(
+                f"visual_tokens of {len(tokens)} images were given for {len(pixel_values)}"
+                f"{'' if feature_cache is None else ', and a feature_cache that they make useless'}"
+            )
         is_image = input_ids == IMAGE_TOKEN_ID
         embeds = self.llm.embed(input_ids.masked_fill(is_image, 0))
         return embeds.masked_scatter(is_image.unsqueeze(-1), tokens.to(embeds.dtype))
@@ -210,6 +218,7 @@ class MLLM(nn.Module):
         context_mask: Tensor | None = None,
         sample_ids: Sequence[str] = (),
         feature_cache: FeatureCache | None = None,
+        visual_tokens: Tensor | None = None,
         **generation: Any,
     ) -> list[list[int]]:
         """Continue right-padded prompts; tower and text encoder run once.
@@ -223,7 +232,10 @@ class MLLM(nn.Module):
             context_mask: See :meth:`forward`.
             sample_ids: See :meth:`forward`.
             feature_cache: Spares encoding an image anew for each question; eval mode only.
-            generation: Passed on to transformers' ``generate``; greedy unless told otherwise.
+            visual_tokens: What :meth:`visual_tokens` gave for these images, (I, M, H), instead of
+                encoding them.
+            generation: Passed on to transformers' ``generate`` (``streamer``, ``logits_processor``,
+                …); greedy unless told otherwise.
 
         Returns:
             The new token ids of each prompt, the stop token and what follows it left out.
@@ -236,6 +248,7 @@ class MLLM(nn.Module):
             context_mask,
             sample_ids,
             feature_cache,
+            visual_tokens,
         )
         # Prompts are moved to the right edge, so that all of them are continued at one position.
         order = attention_mask.long().argsort(dim=1, stable=True)
@@ -264,8 +277,8 @@ class MLLM(nn.Module):
             name = f"sample '{sample_ids[row]}'" if len(sample_ids) > row else f"sample {row}"
             raise ValueError(
                 f"{name} has {int(images[row])} images but {int(found[row])} placeholders "
-                f"(expected {int(images[row])} x {per_image}); check that the dataset was built "
-                "with this model's InputSpec"
+                f"(expected {int(images[row])} x {per_image}, a tile being an image); check that "
+                "the dataset was built with this model's InputSpec"
             )
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokeniz
 from covft.models.hub_variants import HubVariant, find_origin
 from covft.models.llm import CausalLM
 from covft.registry import TEXT_ENCODERS
-from covft.weights import resolve
+from covft.weights import resolve, resolve_tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class FrozenTextEncoder(nn.Module):
         tokenizer: Of the texts; None in a model that is built but not fed.
         weights_folder: Where the weights were read from; None if they are random.
         max_length: Longest text in tokens; longer ones are truncated.
+        training_suffix: Put after each text in training, never at inference.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class FrozenTextEncoder(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None,
         weights_folder: Path | None,
         max_length: int,
+        training_suffix: str = "",
     ) -> None:
         super().__init__()
         self._tokenizer = tokenizer
+        self.training_suffix = training_suffix
         self.weights_folder = weights_folder
         self.max_length = max_length
 
@@ -96,6 +99,10 @@ class TextEncoder(FrozenTextEncoder):
             without either can be built, but not be fed.
         pooling: "cls" (CoVFT's default) or "mean" over the real tokens.
         max_length: Longest text in tokens; longer ones are truncated.
+        training_suffix: Put after each text in training, never at inference. CoVFT's public code
+            trains with ``</s>``, which BERT reads as four tokens of ordinary text, and evaluates
+            without: give it to continue a public checkpoint's training. The paper doesn't mention
+            it (choice: none).
 
     Raises:
         ValueError: If ``weights`` and ``arch`` don't make an encoder, or an option is unknown.
@@ -141,6 +148,7 @@ class TextEncoder(FrozenTextEncoder):
         tokenizer: str | None = None,
         pooling: str = "cls",
         max_length: int = 512,
+        training_suffix: str = "",
     ) -> None:
         if pooling not in ("cls", "mean"):
             raise ValueError(f"text_encoder.pooling must be 'cls' or 'mean', got {pooling!r}")
@@ -153,13 +161,14 @@ class TextEncoder(FrozenTextEncoder):
             model = AutoModel.from_config(AutoConfig.for_model(**dict(origin.fields or {})))
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # unused; would only take memory
-        source = tokenizer or origin.source
+        words = folder if tokenizer is None else resolve_tokenizer(tokenizer)
         super().__init__(
-            tokenizer=AutoTokenizer.from_pretrained(str(resolve(source))) if source else None,
+            tokenizer=AutoTokenizer.from_pretrained(str(words)) if words else None,
             weights_folder=folder,
             max_length=min(
                 max_length, getattr(model.config, "max_position_embeddings", max_length)
             ),
+            training_suffix=training_suffix,
         )
         self.model = model
         self.pooling = pooling

@@ -21,6 +21,6 @@ What is cached is complete: it is prepared beside its place under a file lock an
 """
 
 from covft.weights.errors import SourceUnreachableError
-from covft.weights.locate import dataset_root, resolve, source_of
+from covft.weights.locate import dataset_root, resolve, resolve_tokenizer, source_of
 
-__all__ = ["SourceUnreachableError", "dataset_root", "resolve", "source_of"]
+__all__ = ["SourceUnreachableError", "dataset_root", "resolve", "resolve_tokenizer", "source_of"]

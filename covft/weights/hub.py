@@ -11,6 +11,7 @@ from covft.weights.errors import SourceUnreachableError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer*.model", "spiece.model"]
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "spiece.model")
 # Subfolders repeat the weights for other runtimes (onnx/, openvino/, original/).
 _IGNORED = ["*/*", "consolidated*"]
 
@@ -59,6 +60,27 @@ def fetch_from_hub(name: str) -> Path:
         )
     say(f"fetched {name}, kept in {folder}")
     return folder
+
+
+def fetch_text_files(name: str) -> Path:
+    """Return the hub's config and tokenizer as a folder, downloading what isn't cached.
+
+    Raises:
+        SourceUnreachableError: If the hub can't be reached.
+        PermissionError: If the repository is gated and access wasn't granted.
+        ValueError: If there is no such repository.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        cached = None
+    if cached is not None and any(any(cached.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return cached
+    say(f"fetching the tokenizer of {name} from the Hugging Face hub")
+    return _download(name, _TEXT_FILES)
 
 
 def hub_source(folder: Path) -> str | None:

@@ -53,6 +53,24 @@ def resolve(name: str | Path, *, cache_dir: str | Path | None = None) -> Path:
     raise SourceUnreachableError(_by_hand(name, tried, cache_root(cache_dir)))
 
 
+def resolve_tokenizer(name: str | Path, *, cache_dir: str | Path | None = None) -> Path:
+    """Return a folder with a model's tokenizer, leaving its weights where they are.
+
+    Args:
+        name: As for :func:`resolve`, which starter models and what is cached come from.
+        cache_dir: As for :func:`resolve`.
+
+    Raises:
+        ValueError: As :func:`resolve`.
+        SourceUnreachableError: As :func:`resolve`.
+    """
+    text = str(name)
+    if name == "" or Path(name).expanduser().is_dir() or text in starter.MODELS:
+        return resolve(name, cache_dir=cache_dir)
+    _check_hub_id(text)
+    return _cached_model(text, cache_dir) or hub.fetch_text_files(text)
+
+
 def source_of(path_or_name: str | Path, *, cache_dir: str | Path | None = None) -> str:
     """Return in a line where weights or data came from, to be kept with results made from them.
 

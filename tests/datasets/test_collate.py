@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 
 import pytest
@@ -96,7 +97,7 @@ def test_a_spec_checks_itself(spec):
 
 
 def test_context_is_padded_on_the_right_whatever_its_tokenizer_does(spec, samples):
-    tokenizer = llama_tokenizer()
+    tokenizer = copy.deepcopy(llama_tokenizer())  # it's shared between tests
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     batch = Collator(dataclasses.replace(spec, context_tokenizer=tokenizer))(samples)
     lengths = batch["context_mask"].sum(1)

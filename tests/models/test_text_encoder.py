@@ -1,10 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
 from tokenizers_for_tests import bert_tokenizer, llama_tokenizer
 
 from covft.checkpoints.trainable import trainable_state_dict
 from covft.config import load_config, stage_configs
-from covft.datasets import Collator, EasyVQADataset, InputSpec
+from covft.datasets import Collator, EasyVQADataset, InputSpec, InstructDataset
+from covft.datasets.prompts import Prompt, collate_prompts
 from covft.models.abstract import abstract_model
 from covft.models.llm import CausalLM
 from covft.models.text_encoder import LLMEmbeddings, TextEncoder, build_text_encoder
@@ -210,3 +213,23 @@ def test_a_model_without_tokenizers_is_built_but_not_fed(tiny_options) -> None:
         InputSpec.of(model)
     with pytest.raises(ValueError, match=r"set model\.llm\.tokenizer"):
         InputSpec.of(abstract_model(cfg.model))
+
+
+def test_the_suffix_is_for_training_only(tiny_options) -> None:
+    # CoVFT's public code trains with a literal "</s>" behind the questions, and evaluates without.
+    options = {**tiny_options, "model.text_encoder.training_suffix": "</s>"}
+    texts = {}
+    for name, given in (("with", options), ("without", tiny_options)):
+        model = MODELS.build(stage_configs(load_config("quickstart_covft", given))[-1][1].model)
+        spec = InputSpec.of(model)
+        sample = EasyVQADataset(tiny_options["train_dataset.root"], spec=spec)[0]
+        texts[name] = sample.context_text
+        turns = [{"from": "human", "value": "is it red?"}]
+        ids = collate_prompts([Prompt("x", turns)], spec)["context_ids"][0].tolist()
+        assert ids == spec.context_tokenizer("is it red?")["input_ids"]
+    assert texts["with"] == texts["without"] + "</s>"
+
+    record = {"id": "x", "conversations": [{"from": "human", "value": "why </s>"}]}
+    record["conversations"].append({"from": "gpt", "value": "so"})
+    spec = dataclasses.replace(spec, context_suffix="</s>")
+    assert InstructDataset([record], spec=spec)[0].context_text == "why </s>"

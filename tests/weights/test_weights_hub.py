@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import errors
 
-from covft.weights import SourceUnreachableError, source_of
+from covft.weights import SourceUnreachableError, resolve_tokenizer, source_of
 from covft.weights.hub import fetch_from_hub, find_in_hub_cache, hub_source
 
 REVISION = "0123abcd"
@@ -155,3 +155,14 @@ def test_a_full_disk_is_not_taken_for_a_missing_connection(hub):
 def test_hub_source_reads_hub_caches_only(tmp_path):
     assert hub_source(tmp_path / "models--a--b--c" / "snapshots" / "f00") == "hub: a/b--c@f00"
     assert hub_source(tmp_path / "models" / "a--b") is None
+
+
+def test_a_tokenizer_alone_leaves_the_weights_on_the_hub(hub, tmp_path):
+    hub.repositories["org/large"] = {**TEXTS, "model.safetensors": "8 GB"}
+    folder = resolve_tokenizer("org/large", cache_dir=tmp_path / "covft")
+    assert names(folder) == {"config.json", "tokenizer.json"}
+    assert resolve_tokenizer("org/large", cache_dir=tmp_path / "covft") == folder
+    assert hub.downloads == 1
+    # The weights are still fetched where they are asked for.
+    assert "model.safetensors" in names(fetch_from_hub("org/large"))
+    assert resolve_tokenizer(tmp_path) == tmp_path

@@ -1,0 +1,98 @@
+"""Writing an exported folder: complete or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+#: What transformers writes by default is larger than some file systems and tools take.
+SHARD_SIZE = "5GB"
+_PROBES = ("a b", "\nWhat is it?", "USER: what? ASSISTANT:", "  two spaces", "é 数")
+
+
+class UnverifiedExportError(ValueError):
+    """The written folder doesn't give the run's logits."""
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Give a folder to write in, which takes the name ``out`` once the block has ended.
+
+    Args:
+        out: A folder that doesn't exist.
+
+    Raises:
+        ValueError: If ``out`` exists; nothing is overwritten.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists, and nothing is overwritten; name a new folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # No leading dot: transformers makes a module name of a folder with code.
+    partial = out.with_name(f"{out.name}-partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+    except UnverifiedExportError as error:
+        kept = out.with_name(f"{out.name}-unverified")
+        if kept.exists():
+            kept = partial
+        else:
+            partial.rename(kept)
+        raise UnverifiedExportError(f"{error} What was written is kept in {kept}.") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(out)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file as transformers does: indented, UTF-8."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, in shards where they are many."""
+    save_torch_state_dict(
+        {name: _alone(value.detach()) for name, value in state.items()},
+        folder,
+        max_shard_size=SHARD_SIZE,
+    )
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer that gives the same ids once it is read again.
+
+    Raises:
+        UnverifiedExportError: If it doesn't.
+    """
+    tokenizer.save_pretrained(folder)
+    # transformers leaves out the Llama tokenizers' "legacy", which changes ids.
+    legacy = getattr(tokenizer, "legacy", tokenizer.init_kwargs.get("legacy"))
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if legacy is not None and config.get("legacy") != legacy:
+        write_json(file, {**config, "legacy": legacy})
+    again = AutoTokenizer.from_pretrained(folder)
+    for probe in _PROBES:
+        before, now = tokenizer(probe)["input_ids"], again(probe)["input_ids"]
+        if list(before) != list(now):
+            raise UnverifiedExportError(
+                f"the LLM's {type(tokenizer).__name__} gives other ids once it is written and "
+                f"read again ({probe!r}: {before}, then {now})."
+            )
+
+
+def _alone(value: Tensor) -> Tensor:
+    """Return a contiguous tensor that is all of its memory: safetensors refuses parts of one."""
+    value = value.contiguous()
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if whole else value.clone()

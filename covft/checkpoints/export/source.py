@@ -1,0 +1,92 @@
+"""What the formats are written from: a run, and what is common to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from covft.checkpoints.layouts import LAYOUTS
+from covft.checkpoints.layouts.base import tied_names
+from covft.checkpoints.run import Run
+from covft.config import stage_configs
+from covft.models.mllm import MLLM
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run that is being exported, its model on the CPU.
+
+    Attributes:
+        run: The run.
+        dtype: Type to which floating-point weights are converted; None leaves them as they are.
+    """
+
+    run: Run
+    dtype: torch.dtype | None = None
+
+    @property
+    def model(self) -> MLLM:
+        """The run's model."""
+        return self.run.model
+
+    @property
+    def model_cfg(self) -> dict[str, Any]:
+        """The config that the model was built from: the last stage's."""
+        cfg: dict[str, Any] = stage_configs(self.run.config)[-1][1].model.to_dict()
+        return cfg
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors of the model, the LLM's as plain weights, tied ones under one name."""
+        state = {k: v for k, v in self.model.state_dict().items() if not k.startswith("llm.")}
+        tied = tied_names(self.model)
+        return self._cast({k: v for k, v in {**state, **self._llm()}.items() if k not in tied})
+
+    def public_state(self, layout: str) -> dict[str, Tensor]:
+        """Return the model's tensors in one of :data:`LAYOUTS`.
+
+        Raises:
+            ValueError: If the layout can't hold the model; names a format that can.
+        """
+        try:
+            state = LAYOUTS[layout].state_dict(self.model)
+            state = {k: v for k, v in state.items() if not k.startswith("llm.")}
+            return self._cast(LAYOUTS[layout].from_ours({**state, **self._llm()}, self.model))
+        except ValueError as error:
+            raise ValueError(f"--to {layout}: {error}. --to hf holds every model") from error
+
+    def stop_token_ids(self) -> list[int]:
+        """Return the token ids that end an answer."""
+        return self.run.spec.template.stop_token_ids(self.run.spec.tokenizer)
+
+    def generation_config(self) -> dict[str, Any]:
+        """Return transformers' generation_config.json: greedy, and the ids that end an answer."""
+        stops = self.stop_token_ids()
+        tokenizer = self.run.spec.tokenizer
+        return {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": stops,
+            "pad_token_id": stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            "do_sample": False,
+        }
+
+    def _cast(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.dtype is None:
+            return state
+        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in state.items()}
+
+    def _llm(self) -> dict[str, Tensor]:
+        """Return the LLM's weights, its low-rank updates merged and quantisation undone."""
+        merged = self.model.llm.merged_state_dict()
+        return {f"llm.model.{name}": value for name, value in merged.items()}
+
+
+def compute_dtype(state: dict[str, Tensor]) -> torch.dtype:
+    """Return the type that holds every floating-point tensor exactly: transformers loads one."""
+    dtype = None
+    for value in state.values():
+        if value.is_floating_point():
+            dtype = value.dtype if dtype is None else torch.promote_types(dtype, value.dtype)
+    return dtype or torch.float32

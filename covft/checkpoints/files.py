@@ -1,0 +1,111 @@
+"""Files of weights in the public formats, opened without reading them whole."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+#: What a folder's weights may be called, the first that is there counts.
+FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "mm_projector.bin",
+)
+#: Keys under which training tools put the weights in a file that holds more.
+_WRAPPERS = ("state_dict", "module", "model")
+_SHARD = re.compile(r".*-\d+-of-(\d+)\.(safetensors|bin)")
+
+
+def open_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Open every tensor of a checkpoint.
+
+    The tensors are mapped from the files, page by page as they are used, so that copying them into
+    a model takes no second model's memory. Only PyTorch's format before 1.6 is read whole.
+
+    Args:
+        path: A folder with safetensors or PyTorch files (whole, or in shards with their index), or
+            a single such file, whose weights may be under ``state_dict``.
+
+    Raises:
+        FileNotFoundError: If there is no such path, or the folder holds no weights.
+        ValueError: If a shard is missing, or a file is broken or holds more than weights.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        shard = _SHARD.fullmatch(path.name)
+        if shard and int(shard[1]) > 1:
+            raise ValueError(f"{path} is one of {shard[1]} shards; name its folder instead")
+        return _open_file(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no weights at '{path}'")
+    name = public_file(path)
+    if name is None:
+        raise FileNotFoundError(f"no weights in '{path}': expected one of {', '.join(FILES)}")
+    file = path / name
+    return _open_shards(file) if file.suffix == ".json" else _open_file(file)
+
+
+def public_file(folder: Path) -> str | None:
+    """Return the name of a folder's public weights file or index, or None if there is none."""
+    return next((name for name in FILES if (folder / name).is_file()), None)
+
+
+def _open_shards(index: Path) -> dict[str, Tensor]:
+    places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    shards = sorted(set(places.values()))
+    absent = [name for name in shards if not (index.parent / name).is_file()]
+    if absent:
+        raise ValueError(
+            f"{index} names {len(absent)} of {len(shards)} shards that aren't there: "
+            f"{', '.join(absent)}; download the checkpoint again"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in shards:
+        tensors.update(_open_file(index.parent / name))
+    lost = sorted(places.keys() - tensors.keys())
+    if lost:
+        raise ValueError(
+            f"{len(lost)} tensors that {index} names aren't in their shards, such as {lost[0]}; "
+            "download the checkpoint again"
+        )
+    return tensors
+
+
+def _open_file(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{file} is broken ({error}); download it again") from error
+    try:
+        content = torch.load(
+            file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{file} is broken, or holds Python objects beside its weights, which aren't run here: "
+            "save its 'state_dict' alone with the tool that wrote it "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    return _weights(content, file)
+
+
+def _weights(content: Any, file: Path) -> dict[str, Tensor]:
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            return _weights(content[key], file)
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{file} holds no state dict: expected a dict of tensors by name")
+    return dict(content)
