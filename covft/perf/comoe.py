@@ -23,6 +23,8 @@ from covft.vft.comoe import CoMoE, InferenceRouting
 
 #: CLIP's activation, in experts and residual blocks alike.
 ACT: Literal["quick_gelu"] = "quick_gelu"
+#: CVE's, by default.
+NUM_HEADS = 4
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,19 @@ def measure(settings: Settings) -> dict[str, Any]:
         plain one's.
 
     Raises:
-        ValueError: If a number isn't positive.
+        ValueError: If a number isn't positive, the text's width doesn't fit CVE's heads, or there
+            is no such device.
     """
     numbers = (*settings.batch, settings.rounds, settings.dim, settings.tokens, settings.threads)
     if min(*numbers, settings.experts, settings.context_dim) < 1:
         raise ValueError(f"sizes, rounds and threads must be at least 1, got {settings}")
+    if settings.context_dim % NUM_HEADS:
+        raise ValueError(
+            f"--context-dim must be a multiple of CVE's {NUM_HEADS} heads, got "
+            f"{settings.context_dim}"
+        )
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch finds no CUDA device; use --device cpu")
     with num_threads(settings.threads):
         torch.manual_seed(0)
         errors = _errors(settings)
@@ -144,7 +154,7 @@ class PlainCoMoE(nn.Module):
         self.text_resblock = _PlainResidual(context_dim)
         both = dim + context_dim
         self.cross_attn = nn.MultiheadAttention(
-            context_dim, 4, kdim=both, vdim=both, batch_first=True
+            context_dim, NUM_HEADS, kdim=both, vdim=both, batch_first=True
         )
         self.gate = nn.Linear(context_dim, num_experts)
 

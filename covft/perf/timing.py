@@ -136,9 +136,18 @@ def reuse_memory() -> None:
 
     By default, glibc asks the kernel for every block beyond 32 MiB and returns it right after: each
     use then costs a page fault every 4 KiB. What is above that size differs between variants whose
-    work is the same. Nothing happens elsewhere than on glibc, or where malloc is already set.
+    work is the same. Elsewhere than on glibc, or where malloc is already set, a note is printed.
     """
-    if platform.libc_ver()[0] == "glibc" and _malloc_settings() == "default":
+    settings = _malloc_settings()
+    if settings == f"GLIBC_TUNABLES={_KEEP_FREED_MEMORY}":
+        return
+    if platform.libc_ver()[0] != "glibc" or settings != "default":
+        print(
+            f"--malloc reuse has no effect: malloc is set by the environment ({settings}) or isn't "
+            "glibc's",
+            file=sys.stderr,
+        )
+    else:
         sys.stdout.flush()
         environment = {**os.environ, "GLIBC_TUNABLES": _KEEP_FREED_MEMORY}
         os.execve(sys.executable, [sys.executable, *sys.argv], environment)

@@ -84,7 +84,9 @@ def test_threads_are_restored() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_malloc_is_set_once_and_only_where_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malloc_is_set_once_and_only_where_it_is_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     started = []
     monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
     for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_", "LD_PRE"))]:
@@ -98,11 +100,34 @@ def test_malloc_is_set_once_and_only_where_it_is_not(monkeypatch: pytest.MonkeyP
     assert len(started) == 1
     stated = conditions(torch.device("cpu"))["malloc"]
     assert stated.startswith("GLIBC_TUNABLES=glibc.malloc.mmap_threshold=")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    reuse_memory()
+    assert len(started) == 1
+    assert "no effect: malloc is set by the environment" in capsys.readouterr().err
 
 
 def test_impossible_settings_are_explained() -> None:
     with pytest.raises(ValueError, match=r"at least 1, got .*batch=\(1, 0\)"):
         measure(Settings(batch=(1, 0)))
+    with pytest.raises(ValueError, match=r"multiple of CVE's 4 heads, got 50"):
+        measure(Settings(context_dim=50))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"no CUDA device; use --device cpu"):
+            measure(Settings(device="cuda"))
+
+
+def test_memory_at_the_size_of_clip_l() -> None:
+    settings = Settings()
+    layers = comoe._layers(settings, torch.float32)
+    x, context = comoe._inputs(settings, 1, torch.float32)
+    saved = {
+        name: saved_bytes(lambda layer=layer: layer(x, context), excluded=layer.parameters())
+        for name, layer in layers.all().items()
+    }
+    assert 140 * 2**20 < saved["plain"] < 150 * 2**20
+    assert saved["ours"] <= 0.40 * saved["plain"]
+    assert saved["ours, recompute"] <= 0.14 * saved["plain"]
 
 
 def test_timings_are_interleaved() -> None:
