@@ -146,10 +146,16 @@ def config_text(cfg: Config) -> str:
     )
 
 
-def stage_text(cfg: Config) -> str:
-    """Return a stage's config as Python source, without what doesn't change its outcome."""
+def stage_text(cfg: Config, *, seed: int) -> str:
+    """Return what a stage's outcome depends on: its config, in part, and the seed, as source.
+
+    Args:
+        cfg: The stage, see :func:`stage_configs`.
+        seed: The run's.
+    """
     unimportant = ("logging", "checkpoint", "visualizer")
-    return config_text(Config({k: v for k, v in cfg.to_dict().items() if k not in unimportant}))
+    kept = {key: value for key, value in cfg.to_dict().items() if key not in unimportant}
+    return config_text(Config({**kept, "seed": seed}))
 
 
 def changed_lines(before: str, now: str, *, limit: int = 20) -> list[str]:

@@ -11,10 +11,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers_for_tests import bert_tokenizer, phi3_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from covft.chat import ChatSession
 from covft.checkpoints import load_run
+from covft.checkpoints.export import export_run
 from covft.conversation import IMAGE_TOKEN_ID
 from covft.datasets import Tiles
 from covft.engine.scalars_hook import ScalarsHook, read_scalars
@@ -167,6 +173,17 @@ def test_it_trains_resumes_loads_and_answers(train, monkeypatch, tmp_path: Path)
     lines = result.predictions.read_text().splitlines()[1:]
     assert {r["id"]: r["prediction"] for r in map(json.loads, lines)} == answers
     assert rows == [11]
+
+    # Exported, and read by transformers with the code that was written beside the weights.
+    assert export_run(cut, tmp_path / "hf", to="hf", device="cpu") < 1e-5
+    options = {"trust_remote_code": True, "local_files_only": True}
+    exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", **options).eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf", **options)
+    for name, answer in answers.items():
+        with Image.open(f"data/{name}.png") as image:
+            inputs = processor(text="what color is the shape?", images=[image.convert("RGB")])
+        ids = exported.generate(**inputs, max_new_tokens=4)
+        assert [text.strip() for text in processor.batch_decode(ids)] == [answer]
 
 
 def test_stages_see_the_tiles_and_their_context(options, monkeypatch, tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -16,7 +17,8 @@ from safetensors import safe_open
 from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.run import stage_dir
 from covft.checkpoints.trainable import WEIGHTS_NAME
-from covft.config import load_config, stage_configs, stage_text
+from covft.config import CONFIG_NAME, config_text, load_config, stage_configs, stage_text
+from covft.engine.preflight import check_run
 from covft.engine.results import read_results
 from covft.engine.scalars_hook import SCALARS_NAME
 from covft.engine.train import TIMING_NAME, train
@@ -24,6 +26,7 @@ from covft.registry import VFT
 
 #: Beside the runs: their table, and all their results.
 TABLE_NAME, RESULTS_NAME = "methods.md", "methods.json"
+_VFT_KEY = "model.vision.vft"
 
 
 def all_methods() -> list[str]:
@@ -40,42 +43,80 @@ def compare_methods(
 ) -> str:
     """Train and score a config with each method; what is finished already is kept.
 
+    All methods are checked before the first is trained, and the table is written anew after each.
+
     Args:
         config: A config file, or the name of one; it must have ``evaluation``.
-        methods: Names of methods, with their default options.
+        methods: Names of methods. The config's own method has the options that the config gives
+            it, every other one its defaults.
         work_dir: Where a run per method is written, and their table.
-        options: Further changes of the config, the same for all methods.
+        options: Further changes of the config, the same for all methods; those of
+            ``model.vision.vft`` are the own method's.
 
     Returns:
-        The table of all finished runs in ``work_dir``, see :func:`methods_table`.
+        The table, see :func:`methods_table`, of these methods and of all other finished runs in
+        ``work_dir`` that differ from them in nothing but the method.
 
     Raises:
-        ValueError: If the config scores nothing, or doesn't go with a method.
+        ValueError: If the config scores nothing, doesn't go with a method, or options of
+            ``model.vision.vft`` would have no effect.
     """
-    for method in methods:
-        cfg = load_config(config, {**(options or {}), "model.vision.vft.type": method})
+    configs = method_configs(config, methods, options)
+    for method, cfg in configs.items():
         if not cfg.get("evaluation"):
             raise ValueError(f"{config} has no 'evaluation', so there is nothing to compare")
+        check_run(cfg, work_dir / method)
+    table, others = "", list[str]()
+    for method, cfg in configs.items():
         for stage in share_stages(cfg, work_dir / method, _runs(work_dir)):
             print_log(f"{method}: stage '{stage}' is the same for all methods; taken as trained")
         train(cfg, work_dir=work_dir / method, resume=True)
-    results = {run.name: found for run in _runs(work_dir) if (found := read_results(run))}
-    table = methods_table(results)
-    atomic_write_text(work_dir / TABLE_NAME, table + "\n")
-    atomic_write_text(work_dir / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
+        results, others = _comparable_results(work_dir, cfg)
+        table = methods_table(results)
+        atomic_write_text(work_dir / TABLE_NAME, table + "\n")
+        atomic_write_text(work_dir / RESULTS_NAME, json.dumps(results, indent=2) + "\n")
+    if others:
+        print_log(
+            f"not in the table: {', '.join(others)}; their configs differ from this one in more "
+            "than the method"
+        )
     return table
+
+
+def method_configs(
+    config: str | Path, methods: Sequence[str], options: Mapping[str, Any] | None = None
+) -> dict[str, Config]:
+    """Return a config for each method, see :func:`compare_methods` for the arguments.
+
+    Raises:
+        ValueError: If options of ``model.vision.vft`` are given, but its method isn't compared.
+    """
+    options = dict(options or {})
+    own = _method_of(load_config(config, options))
+    others = {key: value for key, value in options.items() if not _is_under(key, _VFT_KEY)}
+    if own not in methods and (unused := sorted(set(options) - set(others))):
+        raise ValueError(
+            f"--cfg-options {', '.join(unused)} would have no effect: it is about {own}, the "
+            f"config's own method, which isn't among the compared ones ({', '.join(methods)})"
+        )
+    return {
+        method: load_config(config, {**options, f"{_VFT_KEY}.type": method})
+        if method == own
+        else load_config(config, {**others, _VFT_KEY: {"_delete_": True, "type": method}})
+        for method in methods
+    }
 
 
 def share_stages(cfg: Config, work_dir: Path, others: Sequence[Path]) -> list[str]:
     """Take a run's first stages from other runs that trained the same ones.
 
-    A stage is the same if its config is, and those of the stages before it are. What the run
+    A stage is the same if its config and seed are, and those of the stages before it. What the run
     already has is left alone.
 
     Args:
         cfg: The run's config.
         work_dir: The run's folder.
-        others: Folders of runs of the same seed.
+        others: Folders of other runs.
 
     Returns:
         The names of the stages that were taken.
@@ -88,7 +129,7 @@ def share_stages(cfg: Config, work_dir: Path, others: Sequence[Path]) -> list[st
         folder = stage_dir(work_dir, name, num_stages=len(stages))
         if (folder / WEIGHTS_NAME).is_file():
             continue
-        texts = [stage_text(earlier) for _, earlier in stages[: index + 1]]
+        texts = [stage_text(earlier, seed=cfg.get("seed", 0)) for _, earlier in stages[: index + 1]]
         source = next((run for run in others if _has_trained(run, names, texts)), None)
         if source is None:
             break
@@ -124,6 +165,50 @@ def methods_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _runs(work_dir: Path) -> list[Path]:
     return sorted(path for path in work_dir.glob("*") if path.is_dir())
+
+
+def _method_of(cfg: Config) -> str:
+    kind = (cfg.model.vision.get("vft") or {}).get("type", "Freeze")
+    found = VFT.get(kind) if isinstance(kind, str) else kind
+    return str(getattr(found, "__name__", kind))
+
+
+def _is_under(key: str, parent: str) -> bool:
+    return key == parent or key.startswith(f"{parent}.")
+
+
+def _comparable_results(work_dir: Path, cfg: Config) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Return the results of the runs that differ from a config in the method alone.
+
+    Returns:
+        The results by the runs' names, and the names of the other runs that have results.
+    """
+    wanted = _text_without_method(cfg)
+    results: dict[str, dict[str, Any]] = {}
+    others: list[str] = []
+    for run in _runs(work_dir):
+        found = read_results(run)
+        if found is None:
+            continue
+        try:
+            comparable = _text_without_method(load_config(run / CONFIG_NAME)) == wanted
+        except (ValueError, FileNotFoundError):  # of another version, or no config at all
+            comparable = False
+        if comparable:
+            results[run.name] = found
+        else:
+            others.append(run.name)
+    return results, others
+
+
+def _text_without_method(cfg: Config) -> str:
+    """Return what a run's score depends on, the compared method left out."""
+    cfg = copy.deepcopy(cfg)
+    cfg.merge_from_dict({_VFT_KEY: {"_delete_": True, "type": ""}})
+    seed = cfg.get("seed", 0)
+    texts = [stage_text(stage, seed=seed) for _, stage in stage_configs(cfg)]
+    benchmark = (cfg.to_dict().get("evaluation") or {}).get("benchmark")
+    return "".join([*texts, config_text(Config({"benchmark": benchmark}))])
 
 
 def _has_trained(run: Path, names: Sequence[str], texts: Sequence[str]) -> bool:

@@ -11,33 +11,26 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
-from safetensors import safe_open
 
 from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.run import build_model, load_run, load_start, stage_dir
 from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
-from covft.config import (
-    CONFIG_NAME,
-    STAGE_KEYS,
-    changed_lines,
-    save_config,
-    stage_configs,
-    stage_text,
-)
+from covft.config import CONFIG_NAME, save_config, stage_configs, stage_text
 from covft.datasets.collate import Collator
 from covft.datasets.instruct import InstructDataset
 from covft.datasets.spec import InputSpec
 from covft.engine.checkpoint_hook import CheckpointHook
 from covft.engine.data import build_dataloader
+from covft.engine.preflight import check_run
 from covft.engine.preview import AnswerPreview
 from covft.engine.progress_hook import ProgressHook
-from covft.engine.results import RESULTS_NAME, check_evaluation, evaluate_run
+from covft.engine.results import RESULTS_NAME, evaluate_run
 from covft.engine.runner import Runner
 from covft.engine.sample_hooks import SampleLogHook
 from covft.engine.scalars_hook import SCALARS_NAME, read_scalars
 from covft.engine.strategy import setup_distributed
 from covft.models.mllm import MLLM
-from covft.registry import DATASETS, check_arguments
+from covft.registry import DATASETS
 
 #: Written beside a stage's weights: how long it took.
 TIMING_NAME = "timing.json"
@@ -64,15 +57,9 @@ def train(
     if cfg.get("num_threads"):
         torch.set_num_threads(cfg.num_threads)
     stages = stage_configs(cfg)
-    for _, stage in stages:
-        _check_complete(stage)
-    if cfg.get("evaluation"):
-        check_evaluation(cfg.evaluation)
+    check_run(cfg, work_dir if resume is True else None)
     folders = [stage_dir(work_dir, name, num_stages=len(stages)) for name, _ in stages]
     finished = [resume is True and (folder / WEIGHTS_NAME).is_file() for folder in folders]
-    for folder, (_, stage), done in zip(folders, stages, finished, strict=True):
-        if done:
-            _check_same_config(folder, stage)
     if isinstance(resume, str) and len(stages) > 1:
         raise ValueError(
             "--resume PATH works for a config of one stage; "
@@ -152,7 +139,7 @@ def _run_stage(
         launcher=launcher,
         seed=seed,
         visualizer=stage.get("visualizer"),
-        config_text=stage_text(stage),
+        config_text=stage_text(stage, seed=seed),
     )
     before = _seconds_before(folder, runner.iter)
     (folder / TIMING_NAME).unlink(missing_ok=True)
@@ -176,36 +163,6 @@ def _hooks(stage: Config, dataset: InstructDataset) -> list[Any]:
         CheckpointHook(**(stage.get("checkpoint") or {})),
         preview,
     ]
-
-
-def _check_complete(stage: Config) -> None:
-    required = ("model", "train_dataset", "train_dataloader", "train_cfg", "optim_wrapper")
-    for key in required:
-        if not stage.get(key):
-            raise ValueError(f"the config has no '{key}': {STAGE_KEYS[key]}")
-    check_arguments(
-        build_dataloader,
-        {"dataset": None, "collate_fn": None, **stage.train_dataloader},
-        where="train_dataloader",
-    )
-    check_arguments(CheckpointHook, stage.get("checkpoint") or {}, where="checkpoint")
-    known = ("interval", "preview_interval")
-    for key in stage.get("logging") or {}:
-        if key not in known:
-            raise ValueError(f"logging.{key} is unknown; known: {', '.join(known)}")
-
-
-def _check_same_config(folder: Path, stage: Config) -> None:
-    """Refuse to keep a finished stage of another config: config.py would tell of what never ran."""
-    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-        trained = (file.metadata() or {}).get("config", "")
-    now = stage_text(stage)
-    if trained != now:
-        raise ValueError(
-            f"{folder} is finished, but was trained with another config:\n"
-            + "\n".join(changed_lines(trained, now))
-            + "\nResume with the config and --cfg-options of then, or choose another --work-dir."
-        )
 
 
 def _stage_seconds(folder: Path) -> float:

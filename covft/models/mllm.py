@@ -197,7 +197,8 @@ class MLLM(nn.Module):
     ) -> Tensor:
         """Return the projected tokens of all images, (I, M, H); arguments as generate's."""
         context: Context | None = None
-        if self.text_encoder is not None:
+        # Fixed gates at inference may leave no router to read the text.
+        if self.text_encoder is not None and self.vision.vft.reads_context(self.vision.backbone):
             if context_ids is None or context_mask is None:
                 raise ValueError(
                     f"{type(self.vision.vft).__name__} reads the instruction, but the batch holds "

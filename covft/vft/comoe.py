@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from covft.models.text_encoder import Context
 from covft.models.vision.vit import MLP
+from covft.vft.base import check_context
 from covft.vft.cve import CVE
 from covft.vft.experts import WideExperts
 from covft.vft.routed_experts import routed_experts
@@ -19,13 +20,14 @@ CONTEXTS = ("cve", "text-only", "image-only", "concat", "none")
 TEXT_CONTEXTS = ("cve", "text-only", "concat")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors don't compare to one truth: each is its own
 class InferenceRouting:
     """What a layer does instead of its own routing; see :mod:`covft.vft.inference`.
 
     Attributes:
         top_k: Experts kept per image, their gates scaled to sum to 1; None keeps all.
-        gates: Gates (I, E) to use without asking CVE and router; None asks them.
+        gates: Gates (I, E), or (1, E) for all images, to use without asking CVE and router; None
+            asks them.
     """
 
     top_k: int | None = None
@@ -44,7 +46,7 @@ class CoMoE(nn.Module):
         routing: How the gates come about.
         balance_loss: Weight of this layer's load-balancing loss.
         cve: A CVE to share with other layers; by default "cve" builds the layer's own.
-        recompute: Compute hidden activations again in the backward pass.
+        recompute: Compute hidden activations of experts and CVE again in the backward pass.
     """
 
     def __init__(
@@ -77,13 +79,24 @@ class CoMoE(nn.Module):
         #: Set for a while by :func:`covft.vft.inference.inference_routing`.
         self.inference: InferenceRouting | None = None
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether a forward would read the text now."""
+        fixed = self.inference is not None and self.inference.gates is not None
+        return self.context in TEXT_CONTEXTS and not fixed
+
+    def cache_state(self) -> InferenceRouting | None:
+        """Return what a cached output depends on besides weights and input, see ``VFTMethod``."""
+        # Outputs of a layer that reads text aren't cached: its routing need not empty the cache.
+        return None if self.context in TEXT_CONTEXTS else self.inference
+
     def forward(self, x: Tensor, context: Context | None) -> Tensor:
         """Mix the experts' outputs.
 
         Args:
             x: Normalised tokens, (I, T, D).
             context: Frozen text features of each image's instruction; ``pooled`` is (I, C). None
-                where text isn't read.
+                where text isn't read, see :attr:`reads_text`.
 
         Returns:
             Like ``x``; equal to the pretrained FFN at initialisation.
@@ -108,7 +121,7 @@ class CoMoE(nn.Module):
             return x.new_empty(len(x), 0)
         if self.context == "image-only":
             return x.mean(1)
-        text = _text_rows(x, context)
+        text = check_context(context, len(x), reader="CoMoE").pooled.to(x.dtype)
         if self.cve is not None:
             return self.cve(x, text)
         return text if self.context == "text-only" else torch.cat([x.mean(1), text], dim=1)
@@ -125,8 +138,12 @@ class CoMoE(nn.Module):
             gates = self._gates(x, context)
         else:
             gates = instead.gates.to(x)
-            if len(gates) != len(x):
-                raise ValueError(f"{len(x)} images, but inference_routing's gates for {len(gates)}")
+            if len(gates) not in (1, len(x)):
+                raise ValueError(
+                    f"{len(x)} images, but inference_routing's gates for {len(gates)}; give a row "
+                    "per image, or one for all"
+                )
+            gates = gates.expand(len(x), -1)
         top_k = instead.top_k
         if top_k is None or top_k == gates.shape[1]:
             return self._mix(x, gates, sparse=self.router.sparse)
@@ -166,12 +183,3 @@ class CoMoE(nn.Module):
             self.cve.load_public_state_dict(state)
         for name, parameter in self.router.named_parameters():
             parameter.copy_(state[f"gate.{name}"])
-
-
-def _text_rows(x: Tensor, context: Context | None) -> Tensor:
-    """Return the images' pooled texts (I, C), checked."""
-    if context is None:
-        raise ValueError("CoMoE was called without context; pass the instruction's text features")
-    if len(context.pooled) != len(x):
-        raise ValueError(f"{len(x)} images, but context rows for {len(context.pooled)}")
-    return context.pooled.to(x.dtype)

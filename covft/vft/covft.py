@@ -17,6 +17,7 @@ from torch import nn
 
 from covft.models.vision.backbone import VisionBackbone
 from covft.models.vision.tower import VisionTower
+from covft.models.vision.vit import activation as build_activation
 from covft.registry import VFT
 from covft.vft.base import VFTMethod
 from covft.vft.comoe import CONTEXTS, TEXT_CONTEXTS, CoMoE
@@ -29,22 +30,23 @@ class CoVFT(VFTMethod):
     """Contextual mixture-of-experts in the later blocks, dense routing.
 
     Args:
-        num_experts: Experts E of a layer.
+        num_experts: Experts E of a layer; at least 2 where the routing is learned.
         first_block: First block (0-based) with CoMoE; half of the consumed blocks by default.
         last_block: Last block with CoMoE; the last consumed one by default.
-        context: What the router reads: "cve" (default), "text-only" (the pooled text),
-            "image-only" (the mean of the layer's input tokens), "concat" (both, image first) or
-            "none" (learned logits, the same for every image).
+        context: What the router reads: "cve", "text-only" (the pooled text), "image-only" (the mean
+            of the layer's input tokens), "concat" (both, image first) or "none" (learned logits,
+            the same for every image). "auto" is "cve" where the routing is learned; the others
+            have no router.
         routing: "dense" (softmax), "sparse@k" (softmax over the k largest logits), "uniform" (1/E,
             no router) or "random@k" (k random experts in training, uniform in evaluation).
-        balance_loss: Weight of the load-balancing loss of sparse routing.
-        shared_cve: One CVE for all layers instead of one each.
+        balance_loss: Weight of the load-balancing loss of sparse routing, a mean over the layers.
+        shared_cve: One CVE for all layers, at least two, instead of one each.
         norms: "blocks" trains both norms of every consumed block (the public code), "all" every
             LayerNorm, the pre-norm included (the paper's wording).
         activation: Of CVE's residual blocks: "quick_gelu" (the public code, default) or "gelu"
             (eq. 7).
-        recompute: Compute the CoMoE layers' hidden activations again in the backward pass: less
-            memory, more time.
+        recompute: Compute the hidden activations of experts and CVE's residual blocks again in the
+            backward pass: less memory, more time.
 
     Raises:
         ValueError: If an option is unknown or would have no effect, or a block isn't consumed.
@@ -56,7 +58,7 @@ class CoVFT(VFTMethod):
         num_experts: int = 4,
         first_block: int | None = None,
         last_block: int | None = None,
-        context: str | None = None,
+        context: str = "auto",
         routing: str = "dense",
         balance_loss: float = 0.0,
         shared_cve: bool = False,
@@ -72,7 +74,7 @@ class CoVFT(VFTMethod):
         self.first_block, self.last_block = first_block, last_block
         self.routing = Routing.parse(routing, num_experts)
         self.context = _checked_context(context, routing, learned=self.routing.learned)
-        self.balance_loss = _checked_balance_loss(balance_loss, self.routing)
+        self.balance_loss = _checked_balance_loss(balance_loss, self.routing, num_experts)
         if self.context != "cve":
             for name, value in (("shared_cve", shared_cve), ("activation", activation)):
                 if value:
@@ -80,7 +82,7 @@ class CoVFT(VFTMethod):
                         f"vft.{name}={value!r} is an option of CVE, which isn't built with "
                         f"routing {routing!r} and context {self.context!r}; remove it"
                     )
-        self.shared_cve, self.activation = shared_cve, activation or "quick_gelu"
+        self.shared_cve, self.activation = shared_cve, _checked_activation(activation)
         self.needs_context = self.context in TEXT_CONTEXTS
 
     def apply(self, tower: VisionTower) -> None:
@@ -89,6 +91,11 @@ class CoVFT(VFTMethod):
         layers = self.layers(len(backbone.blocks))
         if self.needs_context and tower.context_dim is None:
             raise ValueError("CoVFT needs a text encoder; add model.text_encoder to the config")
+        if self.shared_cve and len(layers) == 1:
+            raise ValueError(
+                f"vft.shared_cve=True has no effect: block {layers.start} is the only one with "
+                "CoMoE; remove it, or widen first_block and last_block"
+            )
         backbone.requires_grad_(False)
         shared: CVE | None = None
         for index in layers:
@@ -118,6 +125,11 @@ class CoVFT(VFTMethod):
         blocks = len(backbone.blocks)
         return self.layers(blocks).start if self.needs_context else blocks
 
+    def reads_context(self, backbone: VisionBackbone) -> bool:
+        """Return whether a router reads text now: not those replaced by fixed gates."""
+        layers = (block.mlp for block in backbone.blocks if isinstance(block.mlp, CoMoE))
+        return any(layer.reads_text for layer in layers)
+
     def layers(self, num_blocks: int) -> range:
         """Return the blocks with CoMoE, of an encoder of which ``num_blocks`` are consumed.
 
@@ -140,26 +152,43 @@ class CoVFT(VFTMethod):
         return range(first, last + 1)
 
 
-def _checked_context(context: str | None, routing: str, *, learned: bool) -> str:
-    if not learned:
-        if context is not None:
-            raise ValueError(
-                f"vft.context={context!r} would be ignored: routing {routing!r} has no router to "
-                "read it; remove vft.context"
-            )
-        return "none"
-    context = "cve" if context is None else context
+def _checked_context(context: str, routing: str, *, learned: bool) -> str:
+    if context == "auto":
+        return "cve" if learned else "none"
     if context not in CONTEXTS:
-        raise ValueError(f"vft.context must be one of {', '.join(CONTEXTS)}, got {context!r}")
+        # `--cfg-options ...context=None` gives Python's None.
+        hint = "; for a router without input, use 'none'" if context is None else ""
+        known = ", ".join(("auto", *CONTEXTS))
+        raise ValueError(f"vft.context must be one of {known}, got {context!r}{hint}")
+    if not learned:
+        raise ValueError(
+            f"vft.context={context!r} would be ignored: routing {routing!r} has no router to "
+            "read it; remove vft.context"
+        )
     return context
 
 
-def _checked_balance_loss(weight: float, routing: Routing) -> float:
+def _checked_activation(name: str | None) -> str:
+    if name is None:
+        return "quick_gelu"
+    try:
+        build_activation(name)
+    except ValueError as error:
+        raise ValueError(f"vft.{error}") from None
+    return name
+
+
+def _checked_balance_loss(weight: float, routing: Routing, num_experts: int) -> float:
     if weight < 0:
         raise ValueError(f"vft.balance_loss must not be negative, got {weight}")
     if weight and routing.kind != "sparse":
         raise ValueError(
             f"vft.balance_loss balances which experts sparse routing chooses; with "
             f"{routing.kind!r} routing it has no effect: remove it, or use 'sparse@k'"
+        )
+    if weight and routing.top_k == num_experts:
+        raise ValueError(
+            f"vft.balance_loss={weight} has no effect: 'sparse@{num_experts}' always chooses all "
+            f"{num_experts} experts, so that the loss is constant; remove it, or choose fewer"
         )
     return weight

@@ -49,7 +49,10 @@ class CVE(nn.Module):
     ) -> None:
         super().__init__()
         if context_dim % num_heads:
-            raise ValueError(f"context width {context_dim} isn't divisible by {num_heads} heads")
+            raise ValueError(
+                f"CVE's {num_heads} heads don't divide the context's width {context_dim}, that of "
+                "model.text_encoder; choose another text encoder, or a vft.context other than 'cve'"
+            )
         self.width, self.num_heads = width, num_heads
         self.image_resblock = ResidualBlock(width, activation, recompute=recompute)
         self.text_resblock = ResidualBlock(context_dim, activation, recompute=recompute)

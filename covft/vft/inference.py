@@ -70,15 +70,17 @@ def inference_routing(
 ) -> Iterator[None]:
     """Route otherwise while the context is active; nested, the inner one alone applies.
 
-    A :class:`~covft.models.vision.feature_cache.FeatureCache` filled outside must not be used
-    inside, nor the other way round.
+    A :class:`~covft.models.vision.feature_cache.FeatureCache` that is used inside and outside drops
+    what it holds where that depends on the routing. Where no layer's router reads text any more,
+    the context may be left out, and :class:`~covft.models.mllm.MLLM` doesn't run its text encoder.
 
     Args:
         tower: A tower tuned by CoVFT, in evaluation mode.
         top_k: Experts that each layer keeps per image, their gates scaled to sum to 1; the others
             aren't computed. None keeps all.
-        gates: Gates (I, E) by block index that replace those of CVE and router, which aren't
-            computed, for forwards of I images. Layers that aren't named ask their own router.
+        gates: Gates by block index that replace those of CVE and router, which aren't computed:
+            (I, E) for forwards of I images, or (1, E), such as a task's mean, for any number.
+            Layers that aren't named ask their own router.
 
     Raises:
         ValueError: If there are no CoMoE layers, neither or an impossible argument is given, or
@@ -94,7 +96,9 @@ def inference_routing(
     _check(layers, top_k, given)
     before = {index: layer.inference for index, layer in layers.items()}
     for index, layer in layers.items():
-        layer.inference = InferenceRouting(top_k, given.get(index))
+        # A copy, so that gates changed meanwhile can't disagree with features that are cached.
+        fixed = given[index].detach().clone() if index in given else None
+        layer.inference = InferenceRouting(top_k, fixed)
     try:
         yield
     finally:
@@ -114,10 +118,10 @@ def _check(layers: Mapping[int, CoMoE], top_k: int | None, gates: Mapping[int, T
     for index, value in gates.items():
         if value.dim() != 2 or value.shape[1] != num_experts:
             raise ValueError(
-                f"gates of block {index}: expected (images, {num_experts}), got "
-                f"{tuple(value.shape)}"
+                f"gates of block {index}: expected (images, {num_experts}) or (1, {num_experts}), "
+                f"got {tuple(value.shape)}"
             )
-    rows = {len(value) for value in gates.values()}
+    rows = {len(value) for value in gates.values()} - {1}
     if len(rows) > 1:
         raise ValueError(f"gates are given for different image counts: {sorted(rows)}")
 

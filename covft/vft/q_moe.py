@@ -22,7 +22,7 @@ Choices that the abstract leaves open, besides the sizes:
   takes the task's loss of each path, which a connector doesn't know. The router learns from that
   loss through the scale r_e, and from a load-balancing loss (Fedus et al., JMLR 2022, eq. 4),
   E sum_e f_e mean(r_e) over the images of the batch, where f_e is the share of them that chose e.
-  The layers' losses are summed.
+  The loss is the mean over the layers, as CoVFT's is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from covft.models.vision.auxiliary_loss import AuxiliaryLossModule
 from covft.models.vision.backbone import VisionBackbone
 from covft.models.vision.tower import VisionTower
 from covft.registry import VFT
-from covft.vft.base import VFTMethod
+from covft.vft.base import VFTMethod, check_context
+from covft.vft.router import largest, load_balance
 
 QUERY_STD = 0.02
 
@@ -56,7 +57,7 @@ class QMoE(VFTMethod):
         num_experts: Experts E of a layer; one is chosen per image.
         num_heads: Attention heads.
         ffn_dim: Hidden width of an expert; 4 ``dim`` by default.
-        balance_loss: Weight of each layer's load-balancing loss; 0 turns it off.
+        balance_loss: Weight of the load-balancing loss, a mean over the layers; 0 turns it off.
 
     Raises:
         ValueError: If a size isn't positive, ``num_experts`` is below 2, ``dim`` isn't divisible by
@@ -133,7 +134,7 @@ class QMoEConnector(nn.Module):
         num_experts: Experts E of a layer.
         num_heads: Attention heads.
         ffn_dim: Hidden width of an expert.
-        balance_loss: Weight of each layer's load-balancing loss.
+        balance_loss: Weight of the load-balancing loss, a mean over the layers.
     """
 
     def __init__(
@@ -159,14 +160,14 @@ class QMoEConnector(nn.Module):
                 dim,
                 num_heads=num_heads,
                 ffn_dim=ffn_dim,
-                router=TextRouter(context_dim, num_experts, balance_loss=balance_loss),
+                router=TextRouter(context_dim, num_experts, balance_loss=balance_loss / num_layers),
             )
             for _ in range(num_layers)
         )
         self.readout = QueryAttention(dim, num_heads, query_dim=width)
         self.gamma = nn.Parameter(torch.zeros(1))
 
-    def forward(self, features: Tensor, context: Context) -> Tensor:
+    def forward(self, features: Tensor, context: Context | None) -> Tensor:
         """Add what the queries found to the features.
 
         Args:
@@ -179,17 +180,12 @@ class QMoEConnector(nn.Module):
         Raises:
             ValueError: If there is no context, or not one row per image.
         """
-        if context is None:
-            raise ValueError(
-                "QMoE's connector was called without context; pass the instruction's text features"
-            )
-        if len(context.pooled) != len(features):
-            raise ValueError(f"{len(features)} images, but context rows for {len(context.pooled)}")
+        text = check_context(context, len(features), reader="QMoE's connector").pooled
         normed = self.norm(features)
         memory = self.feature_proj(normed)
         queries = self.queries.expand(len(features), -1, -1)
         for layer in self.layers:
-            queries = layer(queries, memory, context.pooled.to(features.dtype))
+            queries = layer(queries, memory, text.to(features.dtype))
         found = self.gamma.tanh() * self.readout(normed, queries)
         return features + found.to(features.dtype)
 
@@ -254,11 +250,9 @@ class TextRouter(AuxiliaryLossModule):
     def forward(self, text: Tensor) -> Tensor:
         """Return gates (I, E) for texts (I, C): r_e for the likeliest expert, zero elsewhere."""
         probs = self.proj(text).softmax(-1)
-        chosen = torch.zeros_like(probs).scatter(-1, probs.argmax(-1, keepdim=True), 1.0)
+        chosen = largest(probs, 1)
         if self.training and self.balance_loss:
-            images = max(len(text), 1)  # a batch without images adds zero, not NaN
-            share, mean = chosen.sum(0) / images, probs.sum(0) / images
-            self.add_loss(self.balance_loss * self.num_experts * (share * mean).sum())
+            self.add_loss(self.balance_loss * load_balance(probs, chosen))
         return chosen * probs
 
 

@@ -30,7 +30,7 @@ from covft.models.vision.rope import rotate_patches
 from covft.models.vision.tower import VisionTower
 from covft.models.vision.vit import Attention, Rope, attend
 from covft.registry import VFT
-from covft.vft.base import VFTMethod
+from covft.vft.base import VFTMethod, check_context
 
 
 @VFT.register_module(name=["QAViT", "QA-ViT"])
@@ -111,7 +111,7 @@ class QuestionAwareAttention(nn.Module):
         self.gated_proj = copy.deepcopy(attn.out_proj).requires_grad_(True)
         self.beta = nn.Parameter(attn.out_proj.weight.new_zeros(1))
 
-    def forward(self, x: Tensor, context: Context, rope: Rope | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context | None, rope: Rope | None = None) -> Tensor:
         """Let the image tokens attend to the question and to themselves, in one softmax.
 
         Args:
@@ -126,13 +126,9 @@ class QuestionAwareAttention(nn.Module):
         Raises:
             ValueError: If there is no context, or not one row per image.
         """
-        if context is None:
-            raise ValueError(
-                "QAViT's attention was called without context; pass the instruction's text features"
-            )
-        if len(context.tokens) != len(x):
-            raise ValueError(f"{len(x)} images, but context rows for {len(context.tokens)}")
-        tokens, text_mask = self._first_real(context)
+        tokens, text_mask = self._first_real(
+            check_context(context, len(x), reader="QAViT's attention")
+        )
         text = self.text_proj(tokens.to(x.dtype))
         both = torch.cat((text, x), dim=1)  # the text first: rope belongs to the last N keys
         query, key, value = (

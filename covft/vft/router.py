@@ -46,18 +46,24 @@ class Routing:
         """Read a config's ``routing``, such as "dense" or "sparse@2".
 
         Raises:
-            ValueError: If there is no such routing, or not that many experts.
+            ValueError: If there is no such routing, not that many experts, or nothing to learn.
         """
         match = re.fullmatch(r"(dense|uniform)|(sparse|random)@(\d+)", str(text))
         if match is None:
             raise ValueError(f"vft.routing must be {_FORMS}, got {text!r}")
+        if num_experts == 1 and (match[1] == "dense" or match[2] == "sparse"):
+            raise ValueError(
+                f"vft.num_experts=1 leaves routing {text!r} nothing to learn: a single expert's "
+                "weight is always 1, so that router and CVE would get no gradient; use at least 2, "
+                "or routing='uniform' to train one FFN alone"
+            )
         if match[1]:
             return cls(match[1])
         kind, top_k = match[2], int(match[3])
         if not 1 <= top_k <= num_experts:
             raise ValueError(
-                f"vft.routing={text!r} chooses {top_k} of {num_experts} experts; choose 1 to "
-                f"{num_experts}, or change vft.num_experts"
+                f"vft.routing={text!r} chooses {top_k} of {num_experts} experts; choose "
+                f"{2 if kind == 'sparse' else 1} to {num_experts}, or change vft.num_experts"
             )
         if kind == "sparse" and top_k == 1:
             raise ValueError(

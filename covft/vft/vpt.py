@@ -28,7 +28,10 @@ from covft.models.vision.vit import Block, Rope, ViTConfig
 from covft.registry import VFT
 from covft.vft.base import VFTMethod
 
+#: How prompts start; the first by default.
 INITS = ("uniform", "normal")
+#: Dropout rate on the prompts by default.
+DROPOUT = 0.1
 
 
 @VFT.register_module()
@@ -36,21 +39,27 @@ class VPT(VFTMethod):
     """Visual prompt tuning, deep: own prompts for every consumed block.
 
     Args:
-        num_prompts: Prompts of a block; 0 leaves the encoder as it is, with nothing to train.
+        num_prompts: Prompts of a block; 0 leaves the encoder as it is, with nothing to train, and
+            no other options.
         dropout: Rate on the prompts in training.
         init: ``uniform`` or ``normal``, see above.
 
     Raises:
-        ValueError: If an option is out of range or unknown.
+        ValueError: If an option is out of range or unknown, or would have no effect.
     """
 
     identity_at_init = False
     learning_rate = 1e-3
 
     def __init__(
-        self, *, num_prompts: int = 50, dropout: float = 0.1, init: str = "uniform"
+        self, *, num_prompts: int = 50, dropout: float = DROPOUT, init: str = INITS[0]
     ) -> None:
         check_prompt_options(num_prompts=num_prompts, at_least=0, dropout=dropout, init=init)
+        if num_prompts == 0 and (dropout, init) != (DROPOUT, INITS[0]):
+            raise ValueError(
+                f"vft.dropout={dropout} and vft.init={init!r} have no effect with num_prompts=0: "
+                "remove them, or give num_prompts"
+            )
         self.num_prompts, self.dropout, self.init = num_prompts, dropout, init
 
     def apply(self, tower: VisionTower) -> None:

@@ -10,9 +10,12 @@ from safetensors.torch import load_file
 
 from covft.checkpoints import load_run
 from covft.config import load_config
+from covft.engine.preflight import check_run
 from covft.engine.results import evaluate_run
 from covft.engine.scalars_hook import ScalarsHook, read_scalars
 from covft.engine.train import train
+from covft.registry import VFT
+from covft.vft import Full
 
 STAGES = ("pretrain", "finetune")
 
@@ -91,6 +94,23 @@ def test_resume_with_another_config_than_a_finished_stage(tiny_options, tmp_path
     run(tiny_options, tmp_path)
     with pytest.raises(ValueError, match=r"another config:(.|\n)*max_iters(.|\n)*--work-dir"):
         run({**tiny_options, "train_cfg.max_iters": 4}, tmp_path, resume=True)
+
+
+def test_resume_with_another_seed_than_a_finished_stage(tiny_options, tmp_path: Path) -> None:
+    run({**tiny_options, "seed": 3}, tmp_path)
+    before = (tmp_path / "config.py").read_text()
+    with pytest.raises(ValueError, match=r"another config:\n-seed = 3\n\+seed = 4\n"):
+        run({**tiny_options, "seed": 4}, tmp_path, resume=True)
+    assert (tmp_path / "config.py").read_text() == before
+
+
+def test_resume_of_a_checkpoint_tells_of_another_seed(tiny_options, tmp_path: Path) -> None:
+    options = {**tiny_options, "stages": {"_delete_": True}, "evaluation": None}
+    run(options, tmp_path)
+    (tmp_path / "weights.safetensors").unlink()
+    run({**options, "seed": 4}, tmp_path, resume=True)
+    log = (tmp_path / "train.log").read_text()
+    assert "-seed = 0\n+seed = 4" in log[log.index("the config has changed") :]
 
 
 def test_kill_between_the_weights_and_their_timing(tiny_options, tmp_path: Path) -> None:
@@ -209,3 +229,77 @@ def test_unknown_logging_and_evaluation_keys(tiny_options, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="'train_dataloader' takes no argument 'batchsize'"):
         run({**tiny_options, "train_dataloader.batchsize": 3}, tmp_path / "c")
     assert not any((tmp_path / name).exists() for name in "abc"), "found before anything is written"
+
+
+def wrong_vft(**vft) -> dict:
+    return {"model.vision.vft": {"_delete_": True, **vft}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (wrong_vft(type="LoRA", ranks=8), "'LoRA' takes no argument 'ranks'; did you mean 'rank'"),
+        (wrong_vft(type="Lora"), "'Lora' is not a VFT method; did you mean 'LoRA'"),
+        (wrong_vft(type="CoVFT", num_experts=0), "num_experts must be at least 1, got 0"),
+        (wrong_vft(type="CoVFT", first_block=99), "first_block is 99, but the encoder consumes"),
+        ({"model.text_encoder": None}, "reads the instruction; add model.text_encoder"),
+        ({"model.text_encoder.type": "TextEncoderr"}, "'TextEncoderr' is not a text encoder"),
+        ({"model.llm": {"_delete_": True, "weights": None}}, "LLM: 'type' is missing"),
+        ({"model.vision.backbone": "CLIP"}, r"backbone must be dict\(type=.*\), got 'CLIP'"),
+        ({"model.vision.backbone.arc": "b"}, "takes no argument 'arc'"),
+        ({"optim_wrapper.optimizer.type": "AdamV"}, "'AdamV' is not a optimizer; did you mean"),
+        ({"optim_wrapper.precision": "fp16"}, r"optim_wrapper\.precision 'fp16' is unknown"),
+        ({"optim_wrapper.lr": {"visoin": 1e-5}}, "no parameter's name starts with 'visoin'"),
+        ({"param_scheduler.warmup": 3}, "'CosineWarmup' takes no argument 'warmup'"),
+        ({"train_cfg.max_iter": 3}, "'train_cfg' takes no argument 'max_iter'"),
+        (
+            {"train_cfg.max_iters": "3"},
+            r"'train_cfg' needs max_iters: int or None, got '3' \(str\)",
+        ),
+        ({"train_dataset.balance": True}, "'EasyVQADataset' takes no argument 'balance'"),
+    ],
+)
+def test_the_last_stages_mistakes_are_found_before_the_first_is_trained(
+    tiny_options, tmp_path: Path, options: dict, message: str
+) -> None:
+    replaced = tuple(f"{key}." for key in options)  # options of what isn't there any more
+    merged = {k: v for k, v in tiny_options.items() if not k.startswith(replaced)} | options
+    with pytest.raises(ValueError, match=message):
+        run(merged, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_architecture_known_to_files_alone_leaves_the_method_to_check(
+    tiny_options, tmp_path: Path
+) -> None:
+    options = {**tiny_options, "model.llm.arch": None, "model.llm.weights": "someone/some-llm"}
+    check_run(load_config("quickstart_covft", options))
+    for wrong in (wrong_vft(type="LoRA", ranks=8), wrong_vft(type="CoVFT", num_experts=0)):
+        with pytest.raises(ValueError, match=r"'ranks'|num_experts must be at least 1"):
+            check_run(load_config("quickstart_covft", {**options, **wrong}))
+    # Unknown too, but not for want of files.
+    wrong = {"model.text_encoder.type": "Bert", "model.text_encoder.arch": None}
+    wrong["model.text_encoder.weights"] = "someone/some-encoder"
+    with pytest.raises(ValueError, match="'Bert' is not a text encoder"):
+        check_run(load_config("quickstart_covft", {**tiny_options, **wrong}))
+
+
+def test_what_the_meta_device_cannot_do_is_no_error(
+    tiny_options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ReadsValues(Full):
+        def apply(self, tower) -> None:
+            super().apply(tower)
+            assert next(tower.backbone.parameters()).sum().item() is not None
+
+    monkeypatch.setitem(VFT.module_dict, "ReadsValues", ReadsValues)
+    with pytest.warns(UserWarning, match="couldn't be checked before training"):
+        check_run(
+            load_config("quickstart_covft", {**tiny_options, **wrong_vft(type="ReadsValues")})
+        )
+
+
+def test_checking_a_full_sized_recipe_allocates_nothing() -> None:
+    check_run(load_config("llava15_7b_covft"))  # 7 B parameters in float32 would be 28 GB
+    with pytest.raises(ValueError, match="first_block is 99"):
+        check_run(load_config("llava15_7b_covft", {"model.vision.vft.first_block": 99}))

@@ -230,7 +230,7 @@ def test_layer_range_replaces_exactly_those_blocks(options: dict, expected: rang
     assert tower.vft.context_free_blocks(tower.backbone) == expected.start
 
 
-@pytest.mark.parametrize("num_experts", [1, 2, 8])
+@pytest.mark.parametrize("num_experts", [2, 8])
 def test_number_of_experts(num_experts: int) -> None:
     with torch.device("meta"):
         towers = [
@@ -246,17 +246,30 @@ def test_number_of_experts(num_experts: int) -> None:
     ("options", "message"),
     [
         (dict(num_experts=0), "num_experts must be at least 1, got 0"),
+        (dict(num_experts=1), "num_experts=1 leaves routing 'dense' nothing to learn"),
+        (dict(num_experts=1, context="none"), "num_experts=1 leaves routing 'dense' nothing"),
+        (
+            dict(num_experts=1, routing="sparse@1"),
+            "num_experts=1 leaves routing 'sparse@1' nothing",
+        ),
         (dict(routing="top2"), "routing must be 'dense', 'sparse@k', 'uniform' or 'random@k'"),
         (dict(routing="sparse@1"), "router gets no gradient from the task"),
-        (dict(routing="sparse@5"), "chooses 5 of 4 experts; choose 1 to 4"),
-        (dict(routing="random@0"), "chooses 0 of 4 experts"),
-        (dict(context="text"), "context must be one of cve, text-only, image-only, concat, none"),
+        (dict(routing="sparse@5"), "chooses 5 of 4 experts; choose 2 to 4"),
+        (dict(routing="random@0"), "chooses 0 of 4 experts; choose 1 to 4"),
+        (
+            dict(context="text"),
+            "must be one of auto, cve, text-only, image-only, concat, none, got",
+        ),
+        (dict(context=None), "got None; for a router without input, use 'none'"),
+        (dict(context=None, routing="uniform"), "got None; for a router without input"),
         (dict(context="cve", routing="uniform"), "would be ignored: routing 'uniform'"),
         (dict(context="none", routing="random@2"), "would be ignored: routing 'random@2'"),
         (dict(shared_cve=True, context="concat"), "shared_cve=True is an option of CVE"),
+        (dict(shared_cve=True, first_block=2), "no effect: block 2 is the only one with CoMoE"),
         (dict(activation="gelu", routing="uniform"), "activation='gelu' is an option of CVE"),
         (dict(balance_loss=0.1), "with 'dense' routing it has no effect"),
         (dict(balance_loss=-0.1, routing="sparse@2"), "must not be negative, got -0.1"),
+        (dict(balance_loss=0.1, routing="sparse@4"), "balance_loss=0.1 has no effect: 'sparse@4'"),
         (dict(first_block=-1), "first_block is -1, but the encoder consumes 3 blocks"),
         (dict(first_block=0, last_block=3), "last_block is 3, but the encoder consumes 3 blocks"),
         (dict(first_block=2, last_block=1), r"first_block \(2\) comes after vft.last_block \(1\)"),
@@ -265,6 +278,32 @@ def test_number_of_experts(num_experts: int) -> None:
 def test_options_that_are_wrong_or_without_effect_are_explained(options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_tower(**{"first_block": 1, **options})
+
+
+def test_an_unknown_activation_is_refused_before_anything_is_built() -> None:
+    with pytest.raises(ValueError, match=r"vft\.activation 'rleu' is unknown; did you mean"):
+        CoVFT(activation="rleu")
+
+
+def test_a_text_that_cves_heads_do_not_divide_names_the_key() -> None:
+    backbone = dict(type="CLIP", arch=ARCH)
+    message = r"4 heads don't divide the context's width 30, that of model\.text_encoder"
+    with pytest.raises(ValueError, match=message):
+        VisionTower(backbone=backbone, vft=CoVFT(), context_dim=30)
+    VisionTower(backbone=backbone, vft=CoVFT(context="text-only"), context_dim=30)
+
+
+@pytest.mark.parametrize(
+    ("routing", "resolved"), [("dense", "cve"), ("sparse@2", "cve"), ("uniform", "none")]
+)
+def test_context_auto_is_cve_where_a_router_learns(routing: str, resolved: str) -> None:
+    assert CoVFT(routing=routing).context == resolved
+    assert CoVFT(routing=routing, context="auto").context == resolved
+
+
+def test_one_expert_without_a_router_trains_a_plain_ffn() -> None:
+    tower = make_tower(num_experts=1, routing="uniform")
+    assert all(g is not None and g.any() for g in gradients(tower).values())
 
 
 def test_shared_cve_is_one_module_with_the_sum_of_the_gradients() -> None:

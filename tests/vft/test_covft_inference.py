@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from covft.datasets import InputSpec
 from covft.datasets.prompts import Prompt, collate_prompts
+from covft.models.vision.feature_cache import FeatureCache
 from covft.models.vision.tower import VisionTower
 from covft.vft.inference import collect_gates, comoe_layers, inference_routing
 
@@ -124,6 +125,56 @@ def test_top_k_equals_a_reference(top_k: int, fixed: bool) -> None:
     assert (found - dense).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("top_k", [None, 2])
+@torch.no_grad()
+def test_one_row_of_gates_serves_any_number_of_images(top_k: int | None) -> None:
+    tower = tuned()
+    rows = {i: torch.rand(1, EXPERTS, dtype=torch.float64) for i in (1, 2)}
+    one_and_all = {1: rows[1], 2: rows[2].repeat(IMAGES, 1)}
+    repeated = {i: row.repeat(IMAGES, 1) for i, row in rows.items()}
+    with inference_routing(tower, top_k=top_k, gates=repeated):
+        expected = features(tower)
+    with inference_routing(tower, top_k=top_k, gates=rows):
+        torch.testing.assert_close(features(tower), expected, rtol=1e-12, atol=1e-12)
+        for images in (0, 2):
+            few = features(tower, images)
+            wanted = tower(make_inputs(images)[0])
+            assert few.shape == (images, *expected.shape[1:]) and torch.equal(few, wanted)
+    with inference_routing(tower, top_k=top_k, gates=one_and_all):
+        torch.testing.assert_close(features(tower), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_the_text_is_needed_until_every_router_that_reads_it_is_replaced() -> None:
+    tower, (pixels, context) = tuned(), make_inputs()
+    gates = collect_gates(tower, pixels, context)
+    reads = tower.vft.reads_context
+    assert reads(tower.backbone)
+    for some in (dict(top_k=1), dict(gates={1: gates[1]})):
+        with inference_routing(tower, **some):
+            assert reads(tower.backbone)
+            with pytest.raises(ValueError, match="without context"):
+                tower(pixels)
+    with inference_routing(tower, gates=gates):
+        assert not reads(tower.backbone)
+        expected = tower(pixels, context)
+        assert torch.equal(tower(pixels), expected)
+        assert torch.equal(tower(pixels, cache=FeatureCache()), expected)
+    assert reads(tower.backbone)
+    other = tuned(context="image-only")
+    assert not other.vft.reads_context(other.backbone)
+
+
+@torch.no_grad()
+def test_gates_changed_meanwhile_have_no_effect() -> None:
+    tower = tuned()
+    gates = torch.rand(1, EXPERTS, dtype=torch.float64)
+    with inference_routing(tower, gates={1: gates}):
+        expected = features(tower)
+        gates.zero_()
+        assert torch.equal(features(tower), expected)
+
+
 def test_nothing_stays_changed_outside() -> None:
     tower = tuned()
     expected = features(tower)
@@ -171,7 +222,7 @@ def test_what_is_wrong_is_explained() -> None:
         (dict(top_k=5), "got 5"),
         (dict(gates={}), "changes nothing without top_k or gates"),
         (dict(gates={0: good, 1: good}), r"for the blocks \[0\], but CoMoE layers are in \[1, 2\]"),
-        (dict(gates={1: good[:, :3]}), r"expected \(images, 4\), got \(5, 3\)"),
+        (dict(gates={1: good[:, :3]}), r"expected \(images, 4\) or \(1, 4\), got \(5, 3\)"),
         (dict(gates={1: good, 2: good[:2]}), r"different image counts: \[2, 5\]"),
     ]
     for arguments, message in wrong:
@@ -198,6 +249,15 @@ def test_an_mllm_generates_under_it(tiny_options) -> None:
     model.generate(**batch, max_new_tokens=2)
     assert computed == [1] * len(comoe_of(model.vision))
     gates = {i: torch.eye(EXPERTS)[:1] for i in comoe_layers(model.vision)}
+    twice = collate_prompts([Prompt(name, turns, [image]) for name in "ab"], InputSpec.of(model))
+    model.text_encoder.register_forward_hook(lambda m, i, out: computed.append(0))
     with inference_routing(model.vision, gates=gates):
         assert len(model.generate(**batch, max_new_tokens=2)[0]) == 2
+        expected = model.generate(**twice, max_new_tokens=2)
+        assert [len(ids) for ids in expected] == [2, 2]
+        for key in ("context_ids", "context_mask"):
+            twice.pop(key)
+        assert model.generate(**twice, max_new_tokens=2) == expected
     assert len(computed) == len(gates)
+    with pytest.raises(ValueError, match="holds no context_ids"):
+        model.generate(**twice, max_new_tokens=2)

@@ -298,6 +298,12 @@ def test_options_out_of_range_are_explained(method: type, options: dict, message
         method(**options)
 
 
+@pytest.mark.parametrize("option", [dict(dropout=0.2), dict(init="normal")])
+def test_options_of_no_prompts_are_refused(option: dict) -> None:
+    with pytest.raises(ValueError, match=r"have no effect with num_prompts=0"):
+        VPT(num_prompts=0, **option)
+
+
 def test_svpts_own_options_are_explained() -> None:
     with pytest.raises(ValueError, match=r"vft\.num_prompts must be at least 1, got 0"):
         SVPT(num_prompts=0)

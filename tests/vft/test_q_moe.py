@@ -229,14 +229,15 @@ def test_balance_loss_of_four_images() -> None:
     torch.testing.assert_close(router.proj.bias.grad, torch.tensor([slope, -slope]))
 
 
-def test_balance_losses_of_the_layers_add_up_to_the_weight_when_balanced() -> None:
-    tower = make_tower(balance_loss=0.5).train()
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_balance_losses_of_the_layers_add_up_to_the_weight_when_balanced(num_layers: int) -> None:
+    tower = make_tower(balance_loss=0.5, num_layers=num_layers).train()
     with torch.no_grad():
         for layer in tower.connector.layers:
             layer.router.proj.weight.zero_(), layer.router.proj.bias.zero_()
     with collect_losses(tower) as losses:
         tower(pixels(), make_context(3))
-    assert [loss.tolist() for loss in losses] == [pytest.approx(0.5), pytest.approx(0.5)]
+    assert [loss.item() for loss in losses] == pytest.approx([0.5 / num_layers] * num_layers)
     tower = make_tower(balance_loss=0).train()
     with collect_losses(tower) as losses:
         tower(pixels(), make_context(3))

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 
 #: Bytes of a cache by default: 454 images of CLIP-L/14-336 in fp32.
 DEFAULT_MAX_BYTES = 2**30
@@ -21,8 +23,8 @@ DEFAULT_MAX_BYTES = 2**30
 class FeatureCache:
     """The tokens of the images used last, found by the images' pixels.
 
-    A cache belongs to one encoder whose weights, precision and inference options stay as they are
-    while it lives. As a safeguard :meth:`bind` empties it when it meets other weights; changes that
+    :meth:`bind` empties a cache that meets other weights, another autocast type, or another state
+    of a module that has one (its ``cache_state()``, such as the routing at inference). Changes that
     autograd doesn't see (``parameter.data``) escape it.
 
     Args:
@@ -47,7 +49,7 @@ class FeatureCache:
         self.num_bytes = self.num_hits = self.num_misses = 0
         self._rows: OrderedDict[bytes, Tensor] = OrderedDict()  # least recently used first
         self._weights: list[Tensor] = []
-        self._state: list[tuple[int, int, int]] = []
+        self._state: list[Any] = []
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -58,13 +60,18 @@ class FeatureCache:
         self.num_bytes = 0
 
     def bind(self, encoder: nn.Module) -> None:
-        """Drop all tokens if they were computed by other weights than the encoder's present ones.
+        """Drop all tokens if the encoder would compute others now.
 
         Args:
             encoder: Whose tokens are asked for next.
         """
         weights = [*encoder.parameters(), *encoder.buffers()]
-        state = [(id(w), w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights]
+        state: list[Any] = [
+            (id(w), w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights
+        ]
+        state.append(_autocast_dtype(weights[0].device.type))
+        modules: Iterable[Any] = encoder.modules()
+        state += [module.cache_state() for module in modules if hasattr(module, "cache_state")]
         if state != self._state:
             self.clear()
             # Held, so that no later tensor gets the id of one of these.
@@ -112,6 +119,12 @@ class FeatureCache:
             self.num_bytes -= oldest.numel() * oldest.element_size()
         self._rows[key] = row.clone()  # a view would keep the whole batch's tokens alive
         self.num_bytes += size
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def _digests(pixel_values: Tensor) -> list[bytes]:

@@ -10,6 +10,7 @@ from covft.models.vision import VisionTower
 from covft.models.vision.feature_cache import FeatureCache
 from covft.vft.base import VFTMethod
 from covft.vft.covft import CoVFT
+from covft.vft.inference import inference_routing
 from covft.vft.plain import Freeze, Full
 
 FAMILIES = ["CLIP", "SigLIP", "DINOv2", "DINOv3", "InternViT"]
@@ -215,6 +216,9 @@ class Connected(Freeze):
         super().apply(tower)
         return TextConnector()
 
+    def context_free_blocks(self, backbone):
+        return len(backbone.blocks)
+
 
 @torch.no_grad()
 def test_a_connector_reads_each_question() -> None:
@@ -235,3 +239,42 @@ def test_autocast_tokens_take_what_was_announced() -> None:
         for _question in range(2):
             assert torch.equal(tower(images, context, cache=cache), tower(images, context))
     assert cache.num_bytes == 2 * tower.cached_bytes
+
+
+@pytest.mark.parametrize("options", [dict(context="image-only"), dict(routing="uniform")])
+@torch.no_grad()
+def test_another_routing_at_inference_empties_the_cache_where_layers_are_cached(options) -> None:
+    tower, cache, images = make_tower(CoVFT(**options)), FeatureCache(), make_images(2)
+    plain = tower(images, cache=cache)
+    gates = {3: torch.tensor([[0.7, 0.1, 0.1, 0.1]])}
+    seen = [plain]
+    for routing in (dict(top_k=1), dict(gates=gates), dict(gates={3: gates[3].flip(1)})):
+        with inference_routing(tower, **routing):
+            expected = tower(images)
+            for _question in range(2):
+                assert torch.equal(tower(images, cache=cache), expected)
+        assert all((expected - other).abs().max() > 1e-3 for other in seen)
+        seen.append(expected)
+    assert torch.equal(tower(images, cache=cache), plain)
+    assert (cache.num_misses, cache.num_hits) == (10, 6)
+
+
+@torch.no_grad()
+def test_another_routing_keeps_what_comes_before_the_layers_that_read_text() -> None:
+    tower, cache, images = make_tower(), FeatureCache(), make_images(2)
+    context = make_context(2)
+    tower(images, context, cache=cache)
+    with inference_routing(tower, top_k=1):
+        assert torch.equal(tower(images, context, cache=cache), tower(images, context))
+    assert (cache.num_misses, cache.num_hits) == (2, 2)
+
+
+@torch.no_grad()
+def test_another_autocast_type_empties_the_cache() -> None:
+    tower, cache, images = make_tower(Freeze()), FeatureCache(), make_images(2)
+    for dtype in (torch.bfloat16, None, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            expected = tower(images)
+            for _question in range(2):
+                assert torch.equal(tower(images, cache=cache), expected)
+    assert (cache.num_misses, cache.num_hits) == (8, 8)
