@@ -199,6 +199,7 @@ def test_an_auxiliary_loss_is_added_and_logged_apart(tmp_path):
             model=kind(dropout=0.0).double(),
             dataloader=toy_dataloader(batch_size=2, accumulation=4),
             optim_wrapper=SGD,
+            param_scheduler=None,
             train_cfg={"accumulation": 4},
             hooks=[recorder],
         ).train()
