@@ -19,7 +19,7 @@ from covft.engine.loop import TrainLoop
 from covft.engine.optimizer import build_optim_wrapper
 from covft.engine.results import check_evaluation
 from covft.engine.schedule import PARAM_SCHEDULERS
-from covft.models.abstract import abstract_model
+from covft.models.abstract import UnknownArchitectureError, abstract_model
 from covft.models.mllm import MLLM
 from covft.models.text_encoder import LLMEmbeddings
 from covft.registry import (
@@ -91,9 +91,8 @@ def _check_builds(stage: Config) -> None:
         model = abstract_model(stage.model)
         build_optim_wrapper(model, _with_used_rates(stage.optim_wrapper, model))
         return
-    except ValueError as error:
-        if "known to its files alone" not in str(error):
-            raise
+    except UnknownArchitectureError:
+        pass  # the stage's start will tell
     except RuntimeError as error:
         # torch's word for what the meta device can't do, such as reading a value: no fault of the
         # config's. Any other is met again with real weights.

@@ -12,6 +12,10 @@ from covft.models.mllm import MLLM
 from covft.registry import LLMS, MODELS, TEXT_ENCODERS, VISION_BACKBONES, Registry
 
 
+class UnknownArchitectureError(ValueError):
+    """Only the files of a model's weights know its architecture."""
+
+
 def abstract_model(model_cfg: Mapping[str, Any]) -> MLLM:
     """Build a model on the meta device: every parameter's shape, and none of its values.
 
@@ -21,7 +25,8 @@ def abstract_model(model_cfg: Mapping[str, Any]) -> MLLM:
             quantised LLM is built as it is before it is quantised.
 
     Raises:
-        ValueError: If the config doesn't make a model, or only files know a part's architecture.
+        UnknownArchitectureError: If only files know a part's architecture.
+        ValueError: If the config doesn't make a model.
     """
     cfg = dict(model_cfg)
     # Packed weights would hide the shapes, and need a package of their own.
@@ -61,7 +66,7 @@ def _without_files(cfg: Mapping[str, Any], registry: Registry) -> dict[str, Any]
         variants = getattr(kind, "variants", {})
         names = [name for name, variant in variants.items() if variant.hub_id == weights]
         if not names:
-            raise ValueError(
+            raise UnknownArchitectureError(
                 f"the architecture of the {registry.name} '{weights}' is known to its files alone; "
                 f"name it in arch ({', '.join(variants)}) to build it without them"
             )
