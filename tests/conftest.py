@@ -16,6 +16,18 @@ QUESTIONS = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def module_cache(tmp_path_factory):
+    """Keep the code of exported models out of the user's cache.
+
+    For the whole session: once imported, Python looks for it in the first cache alone.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        cache = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("tokenizers")

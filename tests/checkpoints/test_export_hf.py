@@ -58,14 +58,6 @@ json.dump(found, open(sys.argv[1] + ".json", "w"))
 """
 
 
-@pytest.fixture(autouse=True, scope="module")
-def own_module_cache(tmp_path_factory) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        cache = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", cache)
-        yield
-
-
 @torch.no_grad()
 def test_folders_of_all_methods_run_without_this_package(tiny_options, tmp_path: Path) -> None:
     image = probe_image()
