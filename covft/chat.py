@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from covft.checkpoints.run import Run
 from covft.conversation import IMAGE_TOKEN, context_text
 from covft.datasets.prompts import Prompt, prompt_batch
 from covft.datasets.spec import InputSpec
@@ -77,6 +78,27 @@ class ChatSession:
         self.images: list[Image.Image] = []
         self.reset()
         self.add_images(images)
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        images: Sequence[str | Path | Image.Image] = (),
+        *,
+        context: Literal["pinned", "refreshed"] = "pinned",
+        sampling: Sampling | None = None,
+    ) -> ChatSession:
+        """Return a session with a run's model, which sees images as its training did.
+
+        Args:
+            run: The run, loaded.
+            images: As for the class; likewise the others.
+            context: See the class.
+            sampling: See the class.
+        """
+        return cls(
+            run.model, run.spec, images, resize=run.resize, context=context, sampling=sampling
+        )
 
     def reset(self) -> None:
         """Forget the conversation and its images, as if the session had just begun."""

@@ -164,7 +164,7 @@ def test_it_trains_resumes_loads_and_answers(train, monkeypatch, tmp_path: Path)
     run.model.vision.register_forward_hook(lambda _m, args, _o: rows.append(len(args[0])))
     answers = {}
     for name, (_, squares) in IMAGES.items():
-        session = ChatSession(run.model, run.spec, [f"data/{name}.png"], resize=run.resize)
+        session = ChatSession.of(run, [f"data/{name}.png"])
         answers[name] = session.ask("what color is the shape?", max_new_tokens=4)
         assert rows.pop() == squares
     result = evaluate(

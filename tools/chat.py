@@ -54,9 +54,7 @@ def main() -> None:
     if args.temperature:
         sampling = Sampling(args.temperature, 1.0 if args.top_p is None else args.top_p, args.seed)
     run = load_run(args.run, device=checked_device(args.device))
-    session = ChatSession(
-        run.model, run.spec, images, resize=run.resize, context=args.context, sampling=sampling
-    )
+    session = ChatSession.of(run, images, context=args.context, sampling=sampling)
     for question in args.question:
         print(f"> {question}")
         answer(session, question, args.max_new_tokens)

@@ -79,8 +79,27 @@ def _llm(config: Mapping[str, Any], model: MLLM) -> Iterator[str]:
     base, own_base = _rope_theta(published), _rope_theta(own.to_dict())
     if base is not None and own_base is not None and base != own_base:
         yield f"the LLM's rope_theta is {base:g}, the model's {own_base:g}"
+    # Files of other layouts leave the LLM's fields out; then nothing is known of its rope.
+    if published.get("hidden_size") is not None:
+        scaling, own_scaling = _rope_scaling(published), _rope_scaling(own.to_dict())
+        if scaling != own_scaling:
+            yield (
+                f"the LLM's rope scaling is {scaling}, the model's {own_scaling} (set "
+                "model.llm.weights to the folder, whose config then decides)"
+            )
 
 
 def _rope_theta(config: Mapping[str, Any]) -> float | None:
     inner = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return config.get("rope_theta", inner.get("rope_theta"))
+
+
+def _rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config says of stretched positions, in one form; empty for plain ones."""
+    inner = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = inner.get("rope_type", inner.get("type", "default"))
+    if kind == "default":
+        return {}
+    known = ("factor", "short_factor", "long_factor")
+    values = {key: inner[key] for key in known if inner.get(key) is not None}
+    return {"type": "longrope" if kind == "su" else kind, **values}

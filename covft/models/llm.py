@@ -77,6 +77,8 @@ class CausalLM(nn.Module):
             },
         )
     }
+    #: transformers' ``model_type`` of the weights that this class is for; empty for any.
+    model_types: ClassVar[tuple[str, ...]] = ()
     #: Template used when a config names none.
     default_template = "chatml"
 
@@ -104,6 +106,12 @@ class CausalLM(nn.Module):
         self.weights_folder = None if origin.source is None else resolve(origin.source)
         if self.weights_folder is not None:
             config = read_llm_config(self.weights_folder)
+            if self.model_types and config.model_type not in self.model_types:
+                raise ValueError(
+                    f"'{self.weights_folder}' holds a {config.model_type}, {type(self).__name__} "
+                    f"expects {' or '.join(self.model_types)}; change model.llm.type (CausalLM "
+                    "takes any) or model.llm.weights"
+                )
             origin.check(config)
             self.model: PreTrainedModel = load_llm(self.weights_folder, config, dtype=self.dtype)
         else:
@@ -180,6 +188,7 @@ class Vicuna(CausalLM):
         "7b": HubVariant("lmsys/vicuna-7b-v1.5", _llama2(4096, 11008, 32, 32)),
         "13b": HubVariant("lmsys/vicuna-13b-v1.5", _llama2(5120, 13824, 40, 40)),
     }
+    model_types = ("llama",)
     default_template = "v1"
 
 
@@ -214,6 +223,7 @@ class Phi3(CausalLM):
         "mini-4k": HubVariant("microsoft/Phi-3-mini-4k-instruct", _phi3_mini(4096, 2047)),
         "mini-128k": HubVariant("microsoft/Phi-3-mini-128k-instruct", _phi3_mini(131072, 262144)),
     }
+    model_types = ("phi3",)
     default_template = "phi3-chat"
 
 

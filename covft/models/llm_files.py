@@ -46,14 +46,24 @@ def load_llm(folder: Path, config: PreTrainedConfig, **options: Any) -> PreTrain
         options: Of transformers' ``from_pretrained``.
 
     Raises:
-        ValueError: If weights are missing in the folder.
+        ValueError: If weights are missing in the folder, or have another shape than its config
+            describes.
     """
     nested = _CONTAINERS.get(_fields(folder).get("model_type", ""))
     if nested is not None:
         options["key_mapping"] = {f"^{nested[1]}": ""}
     model, info = AutoModelForCausalLM.from_pretrained(
-        str(folder), config=config, output_loading_info=True, **options
+        str(folder),
+        config=config,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        **options,
     )
+    for name, found, expected in sorted(info["mismatched_keys"], key=str):
+        raise ValueError(
+            f"'{folder}' has '{name}' of shape {tuple(found)}, but its config.json describes "
+            f"{tuple(expected)}; correct config.json (vocab_size, hidden_size, ...) or the weights"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(

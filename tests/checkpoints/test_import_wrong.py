@@ -262,6 +262,10 @@ def llava_config(**changes):
         (dict(vision_feature_layer=-1), "reads the output of block 3, the model that of block 2"),
         (dict(text_config__num_attention_heads=8), "num_attention_heads is 8, the model's 4"),
         (dict(text_config__rope_theta=5e5), "rope_theta is 500000, the model's 10000"),
+        (
+            dict(text_config__rope_scaling={"type": "linear", "factor": 4.0}),
+            r"rope scaling is \{'type': 'linear', 'factor': 4.0\}, the model's \{\}",
+        ),
         (dict(vision_config__num_attention_heads=2), "encoder's num_heads is 2, the model's 4"),
         (
             dict(vision_config__hidden_act="gelu"),

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers_for_tests import phi3_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from covft.models.llm import Phi3
+from covft.models.llm import Phi3, Vicuna
 
 SHORT, LONG = [1.0, 1.1, 1.2, 1.3], [2.0, 3.0, 4.0, 5.0]
 FIELDS = dict(
@@ -97,3 +97,17 @@ def test_missing_weights_are_an_error(tmp_path) -> None:
 def test_a_folder_without_config(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"holds no LLM: it has no config.json"):
         Phi3(weights=str(tmp_path))
+
+
+def test_another_vocabulary_than_the_configs(tmp_path) -> None:
+    publish(tmp_path, config={**FIELDS, "rope_scaling": SU, "vocab_size": 430})
+    with pytest.raises(
+        ValueError, match=r"of shape \(420, 32\), but its config.json .*\(430, 32\)"
+    ):
+        Phi3(weights=str(tmp_path))
+
+
+def test_another_family_than_the_class(tmp_path) -> None:
+    publish(tmp_path, config={**FIELDS, "rope_scaling": SU})
+    with pytest.raises(ValueError, match=r"holds a phi3, Vicuna expects llama; change model.llm"):
+        Vicuna(weights=str(tmp_path))
