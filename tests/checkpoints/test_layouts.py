@@ -344,9 +344,18 @@ def test_infer_method_refuses_layers_that_differ():
         infer_method(moved)
 
 
-def test_vocabulary_that_transformers_adds_is_left_out():
+def test_vocabulary_that_transformers_adds_is_left_out_and_counted(monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        "covft.checkpoints.layouts.hf_llava.print_log", lambda text, **_: told.append(text)
+    )
     state = {"lm_head.weight": torch.randn(192, 32), **hf_llava().state_dict()}
     for rows, kept in ((90, 90), (92, 90), (128, 90), (129, 129)):
         state["lm_head.weight"] = torch.randn(rows, 32)
+        told.clear()
         ours = LAYOUTS["hf-llava"].to_ours(state, our_llava())
         assert torch.equal(ours["llm.model.lm_head.weight"], state["lm_head.weight"][:kept])
+        messages = [text for text in told if "lm_head.weight has" in text]
+        assert len(messages) == (kept < rows)
+        for message in messages:
+            assert f"{rows} rows" in message and f"the last {rows - kept} are left out" in message

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 #: What transformers writes by default is larger than some file systems and tools take.
 SHARD_SIZE = "5GB"
 _PROBES = ("a b", "\nWhat is it?", "USER: what? ASSISTANT:", "  two spaces", "é 数")
+#: What an AddedToken is, and code before transformers 5 makes it of.
+_ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 
 
 class UnverifiedExportError(ValueError):
@@ -71,6 +73,10 @@ def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a tokenizer that gives the same ids once it is read again.
 
+    The slow Llama tokenizers, which LLaVA's and InternVL2's code use, read no tokenizer.json but
+    a sentencepiece model, copied where there is one, and take the tokens added to it from
+    ``added_tokens_decoder`` in tokenizer_config.json, which transformers 5 writes no more.
+
     Raises:
         UnverifiedExportError: If it doesn't.
     """
@@ -79,16 +85,33 @@ def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     legacy = getattr(tokenizer, "legacy", tokenizer.init_kwargs.get("legacy"))
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    if legacy is not None and config.get("legacy") != legacy:
-        write_json(file, {**config, "legacy": legacy})
+    if legacy is not None:
+        config["legacy"] = legacy
+    model = _sentencepiece_model(tokenizer)
+    if model is not None:
+        shutil.copyfile(model, folder / model.name)
+        config["added_tokens_decoder"] = {
+            str(number): {name: getattr(token, name) for name in _ADDED_TOKEN}
+            for number, token in tokenizer.added_tokens_decoder.items()
+        }
+    write_json(file, config)
     again = AutoTokenizer.from_pretrained(folder)
-    for probe in _PROBES:
+    for probe in (*_PROBES, " ".join(tokenizer.get_added_vocab())):
         before, now = tokenizer(probe)["input_ids"], again(probe)["input_ids"]
         if list(before) != list(now):
             raise UnverifiedExportError(
                 f"the LLM's {type(tokenizer).__name__} gives other ids once it is written and "
                 f"read again ({probe!r}: {before}, then {now})."
             )
+
+
+def _sentencepiece_model(tokenizer: PreTrainedTokenizerBase) -> Path | None:
+    named = getattr(tokenizer, "vocab_file", None)
+    # A tokenizer that was read from a tokenizer.json may not know of the file beside it.
+    for path in (Path(named or ""), Path(tokenizer.name_or_path) / "tokenizer.model"):
+        if path.suffix == ".model" and path.is_file():
+            return path
+    return None
 
 
 def _alone(value: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ The public CoVFT code is LLaVA's, and its config.json has no field of the method
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +169,49 @@ def _internvl2_config(source: Source) -> dict[str, Any]:
 
 
 def _llm_fields(source: Source) -> dict[str, Any]:
-    """Return the LLM's config, with what transformers before 5 reads too."""
-    config = source.model.llm.model.config
-    fields = architecture(config)
+    """Return the LLM's config, with the rope as the authors' code reads it, too.
+
+    ``rope_parameters`` is what transformers 5 reads; code written for 4.37 takes ``rope_theta``
+    and ``rope_scaling``.
+    """
+    fields = architecture(source.model.llm.model.config)
     rope = dict(fields.get("rope_parameters") or {})
     if "rope_theta" in rope:
         fields["rope_theta"] = rope["rope_theta"]
     if rope.get("rope_type", "default") != "default":
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        fields["rope_scaling"] = {**scaling, "type": rope["rope_type"]}
+        fields["rope_scaling"] = _rope_scaling(rope, fields)
     return {**fields, "architectures": [type(source.model.llm.model).__name__]}
+
+
+def _rope_scaling(rope: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``rope_scaling`` as code for transformers 4.37 wants it, which refuses further keys.
+
+    Args:
+        rope: The ``rope_parameters`` of transformers 5; not of type "default".
+        fields: The whole config of the LLM.
+
+    Returns:
+        ``type`` and ``factor`` for "linear" and "dynamic"; for Phi-3's "longrope" its first
+        name "su" and both lists of factors. What these can't say (other types, a factor of
+        longrope's own) stays whole: newer code may read it, and older refuses it rather than
+        computing something else.
+    """
+    kind = rope["rope_type"]
+    # These say nothing that the rest of the config doesn't.
+    implied = {
+        "partial_rotary_factor": 1.0,
+        "original_max_position_embeddings": fields.get("original_max_position_embeddings"),
+    }
+    own = {
+        key: value
+        for key, value in rope.items()
+        if key not in ("type", "rope_type", "rope_theta")
+        and not (key in implied and implied[key] == value)
+    }
+    if kind in ("linear", "dynamic") and own.keys() == {"factor"}:
+        # An int is refused.
+        return {"type": kind, "factor": float(own["factor"])}
+    is_phi3 = fields.get("model_type") == "phi3"
+    if kind == "longrope" and is_phi3 and own.keys() == {"short_factor", "long_factor"}:
+        return {"type": "su", **own}
+    return {**{key: value for key, value in rope.items() if key != "rope_theta"}, "type": kind}

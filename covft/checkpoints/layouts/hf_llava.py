@@ -5,13 +5,15 @@ memory are read as well.
 
 transformers' conversion adds ``<image>`` and ``<pad>`` to the LLM's vocabulary, and pads it to a
 multiple of 64 (32,000 rows become 32,064). Here no token stands for an image, so rows beyond the
-model's vocabulary are left out if they are no more than these.
+model's vocabulary are left out, with a warning, if they are no more than these.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
+from mmengine.logging import print_log
 from torch import Tensor
 
 from covft.checkpoints.layouts.base import Layout
@@ -28,12 +30,18 @@ class _HFLlava(Layout):
         vocabulary = model.llm.model.get_input_embeddings().weight.shape[0]
         padded = -(-(vocabulary + _ADDED_TOKENS) // _MULTIPLE) * _MULTIPLE
         by_word = ("embed_tokens.weight", "weight" if prefix.endswith("lm_head.") else "")
-        return {
-            prefix + name: tensor[:vocabulary]
-            if name in by_word and vocabulary < len(tensor) <= padded
-            else tensor
-            for name, tensor in part.items()
-        }
+        read = dict(part)
+        for name, tensor in part.items():
+            if name in by_word and vocabulary < len(tensor) <= padded:
+                read[name] = tensor[:vocabulary]
+                print_log(
+                    f"hf-llava: {prefix}{name} has {len(tensor)} rows, the model's vocabulary "
+                    f"{vocabulary}; the last {len(tensor) - vocabulary} are left out, taken for "
+                    "<image>, <pad> and padding to a multiple of 64, which no text here needs",
+                    logger="current",
+                    level=logging.WARNING,
+                )
+        return {prefix + name: tensor for name, tensor in read.items()}
 
 
 HF_LLAVA = _HFLlava(
