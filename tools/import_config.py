@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the command line."""
     args = parse_args()
+    from covft.checkpoints.atomic import atomic_write_text
     from covft.config import load_config
     from covft.interop import import_xtuner
 
@@ -36,7 +37,7 @@ def main() -> None:
     if args.out.exists():
         raise ValueError(f"{args.out} exists; remove it, or choose another --out")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(imported.source, encoding="utf-8")
+    atomic_write_text(args.out, imported.source)
     cfg = load_config(args.out)
     print(f"{args.out}; not carried over, or different:")
     for note in imported.notes:

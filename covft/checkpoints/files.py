@@ -21,9 +21,12 @@ FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "mm_projector.bin",
+    "mp_rank_00_model_states.pt",  # DeepSpeed's ZeRO-1 and ZeRO-2
 )
 #: Keys under which training tools put the weights in a file that holds more.
 _WRAPPERS = ("state_dict", "module", "model")
+#: DeepSpeed's ZeRO-3: one file per process, with a part of every tensor elsewhere.
+_PARTITIONS = "zero_pp_rank_*_model_states.pt"
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.(safetensors|bin)")
 
 
@@ -35,22 +38,28 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
 
     Args:
         path: A folder with safetensors or PyTorch files (whole, or in shards with their index), or
-            a single such file, whose weights may be under ``state_dict``.
+            a single such file, whose weights may be under ``state_dict`` or, as DeepSpeed has them,
+            under ``module``.
 
     Raises:
         FileNotFoundError: If there is no such path, or the folder holds no weights.
-        ValueError: If a shard is missing, or a file is broken or holds more than weights.
+        ValueError: If a shard is missing, a file is broken or holds more than weights, or the
+            weights are ZeRO-3's partitions.
     """
     path = Path(path).expanduser()
     if path.is_file():
         shard = _SHARD.fullmatch(path.name)
         if shard and int(shard[1]) > 1:
             raise ValueError(f"{path} is one of {shard[1]} shards; name its folder instead")
+        if path.match(_PARTITIONS):
+            raise _partitioned(path)
         return _open_file(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no weights at '{path}'")
     name = public_file(path)
     if name is None:
+        if any(path.glob(_PARTITIONS)):
+            raise _partitioned(path)
         raise FileNotFoundError(f"no weights in '{path}': expected one of {', '.join(FILES)}")
     file = path / name
     return _open_shards(file) if file.suffix == ".json" else _open_file(file)
@@ -59,6 +68,13 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
 def public_file(folder: Path) -> str | None:
     """Return the name of a folder's public weights file or index, or None if there is none."""
     return next((name for name in FILES if (folder / name).is_file()), None)
+
+
+def _partitioned(path: Path) -> ValueError:
+    return ValueError(
+        f"{path} holds partitions of DeepSpeed's ZeRO-3, not whole weights; consolidate them with "
+        "the zero_to_fp32.py that DeepSpeed wrote beside them, and name its output instead"
+    )
 
 
 def _open_shards(index: Path) -> dict[str, Tensor]:

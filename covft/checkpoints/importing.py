@@ -18,6 +18,8 @@ from covft.models.mllm import MLLM
 from covft.registry import nearest
 
 Shapes = Mapping[str, Sequence[int]]
+#: An image's first layer in a file of CLIP, SigLIP, InternViT or DINO.
+_ENCODER = re.compile(r"(vision_model\.)?embeddings\.patch_embeddings?\.")
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,17 @@ def import_checkpoint(model: MLLM, path: str | Path, layout: str | None = None) 
 def is_public(path: Path) -> bool:
     """Tell whether ``path`` is a public checkpoint, rather than weights of this project.
 
+    A pretrained LLM or encoder alone is one too; :func:`import_checkpoint` says where to name it.
+
     Raises:
         ValueError: If it is a file that can't be read.
     """
     if path.is_dir():
         return not (path / WEIGHTS_NAME).is_file() and public_file(path) is not None
-    return path.is_file() and detect_layout(open_tensors(path)) is not None
+    if not path.is_file():
+        return False
+    names = open_tensors(path)
+    return detect_layout(names) is not None or _part_alone(names) is not None
 
 
 def _layout(names: Collection[str], wanted: str | None, *, source: str) -> Layout:
@@ -90,6 +97,13 @@ def _layout(names: Collection[str], wanted: str | None, *, source: str) -> Layou
     if wanted is not None and wanted not in LAYOUTS:
         raise ValueError(f"no layout '{wanted}'; {nearest(wanted, LAYOUTS)}")
     if detected is None:
+        alone = _part_alone(names)
+        if alone is not None:
+            part, key = alone
+            raise ValueError(
+                f"{source} holds {part} alone, not a whole MLLM; instead of load_from, set "
+                f"{key} to that folder"
+            )
         lora = any("lora_" in name for name in names)
         raise ValueError(
             f"{source} is in none of the layouts {', '.join(LAYOUTS)}; it holds "
@@ -102,6 +116,17 @@ def _layout(names: Collection[str], wanted: str | None, *, source: str) -> Layou
             f"'{detected.name}' ({detected.holds}); leave the layout out to have it detected"
         )
     return LAYOUTS[wanted] if wanted else detected
+
+
+def _part_alone(names: Collection[str]) -> tuple[str, str] | None:
+    """Return what pretrained part a file holds and the config's key for it, or None."""
+    if any(n.startswith("model.layers.") for n in names) and any(
+        n.startswith("model.embed_tokens.") for n in names
+    ):
+        return "an LLM", "model.llm.weights"
+    if any(_ENCODER.match(name) for name in names):
+        return "a vision encoder", "model.vision.backbone.weights"
+    return None
 
 
 def _expected(

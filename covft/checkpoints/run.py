@@ -10,6 +10,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
 
+from covft.checkpoints.files import open_tensors
 from covft.checkpoints.importing import import_checkpoint, is_public
 from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
 from covft.config import CONFIG_NAME, load_config, stage_configs
@@ -66,13 +67,17 @@ def load_start(model: MLLM, stage: Config) -> None:
 
     That is a weights file, a stage's folder, a whole run, or a public checkpoint
     (:func:`~covft.checkpoints.importing.import_checkpoint`).
+
+    Raises:
+        FileNotFoundError: If there are no weights, or a run isn't finished.
+        ValueError: If they don't fit the model, or are in no known format.
     """
     if not stage.get("load_from"):
         return
     path = Path(stage.load_from)
     if (path / CONFIG_NAME).is_file():
         for file in run_weights(path, load_config(path / CONFIG_NAME)):
-            load_weights(model, file)
+            load_weights(model, file.parent)  # of a folder, it says that the run isn't finished
     elif is_public(path):
         imported = import_checkpoint(model, path)
         random = [n for n in imported.kept if model.weights_sources().get(n) == "random"]
@@ -83,6 +88,9 @@ def load_start(model: MLLM, stage: Config) -> None:
                 stacklevel=2,
             )
     else:
+        of_a_run = (path / WEIGHTS_NAME).is_file() or any(path.glob("iter_*.pth"))
+        if path.is_dir() and not of_a_run:
+            open_tensors(path)  # says what a folder of weights has to hold
         load_weights(model, path)
 
 

@@ -79,7 +79,10 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
     if file.suffix == ".safetensors":
         loaded = load_file(file)
     else:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise ValueError(f"{file} is no checkpoint of this project: it has no 'state_dict'")
+        loaded = checkpoint["state_dict"]
     own = unwrapped(model).state_dict()
     check_same_parameters(
         {name: value.shape for name, value in loaded.items()},

@@ -1,7 +1,12 @@
-"""Optimizer, schedule and runtime of an xtuner 0.2 config."""
+"""Optimizer, schedule and runtime of an xtuner 0.2 config.
+
+xtuner's iterations are micro-batches, whose gradients its optimizer wrapper accumulates; this
+project's are optimizer steps. What is counted in iterations is divided accordingly.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +28,9 @@ _BACKENDS = ("TensorboardVisBackend", "WandbVisBackend", "MLflowVisBackend", "Lo
 
 
 def convert_optimization(config: Section) -> dict[str, Any]:
-    """Convert ``train_cfg``, ``optim_wrapper`` and ``param_scheduler``.
+    """Convert ``train_cfg``, ``optim_wrapper``, ``param_scheduler`` and the hooks.
+
+    The hooks are converted here because their intervals depend on the gradient accumulation.
 
     Raises:
         ValueError: If the optimizer or the learning rate's curve has no counterpart.
@@ -34,23 +41,27 @@ def convert_optimization(config: Section) -> dict[str, Any]:
         raise ValueError(f"{missing} is missing")
     train_cfg.kind({"TrainLoop": None, "IterBasedTrainLoop": None, "EpochBasedTrainLoop": None})
     epochs, iters = train_cfg.take("max_epochs", None), train_cfg.take("max_iters", None)
-    length = {"max_iters": iters} if epochs is None else {"max_epochs": epochs}
+    accumulation = wrapper.take("accumulative_counts", 1)
+    if epochs is None:
+        length = {"max_iters": _steps(train_cfg, "max_iters", iters, accumulation)}
+    else:
+        length = {"max_epochs": epochs}
     train_cfg.drop("val_interval", "evaluation comes after training, from config.evaluation")
     train_cfg.finish()
     optimizer, optim_wrapper = _optim_wrapper(wrapper)
-    curve = _schedule(config, total=epochs or iters, lr=optimizer["lr"])
-    accumulation = wrapper.take("accumulative_counts", 1)
+    curve = _schedule(config, epochs=epochs, iters=iters, lr=optimizer["lr"])
     wrapper.finish()
     return {
         "train_cfg": {**length, "accumulation": accumulation},
         "optim_wrapper": {"optimizer": optimizer, **optim_wrapper},
         "param_scheduler": curve,
+        **_hooks(config, accumulation),
     }
 
 
 def convert_runtime(config: Section) -> dict[str, Any]:
-    """Convert checkpoints, logging, seed and the like."""
-    converted = _hooks(config)
+    """Convert seed, visualizer, folder and the like."""
+    converted: dict[str, Any] = {}
     randomness = config.section("randomness")
     seed = None if randomness is None else randomness.take("seed", None)
     converted["seed"] = 0 if seed is None else seed
@@ -75,6 +86,16 @@ def convert_runtime(config: Section) -> dict[str, Any]:
             config.drop(f"{part}_{key}", reason)
     config.drop("strategy", "set by the launcher here: one device, or DDP")
     return converted
+
+
+def _steps(section: Section, key: str, iters: Any, accumulation: int) -> Any:
+    """Return a number of micro-batches in optimizer steps, rounded up; noted if it changes."""
+    # mmengine's -1 means never, and stays what it is.
+    if not iters or iters < 0 or accumulation == 1:
+        return iters
+    steps = math.ceil(iters / accumulation)
+    section.note(key, iters, f"micro-batches in xtuner: {steps} steps of {accumulation} here")
+    return steps
 
 
 def _optim_wrapper(wrapper: Section) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -104,8 +125,11 @@ def _optim_wrapper(wrapper: Section) -> tuple[dict[str, Any], dict[str, Any]]:
     return converted, options
 
 
-def _schedule(config: Section, *, total: float | None, lr: float) -> dict[str, Any]:
+def _schedule(
+    config: Section, *, epochs: float | None, iters: int | None, lr: float
+) -> dict[str, Any]:
     """Convert a linear warm-up and a cosine."""
+    total = iters if epochs is None else epochs
     values = config.take("param_scheduler", None)
     if values is None:
         return {"type": CosineWarmup, "warmup_iters": 0, "min_lr_ratio": 1.0}
@@ -120,10 +144,18 @@ def _schedule(config: Section, *, total: float | None, lr: float) -> dict[str, A
             f"param_scheduler = {shown(values)}: only a LinearLR warm-up and a CosineAnnealingLR "
             "have a counterpart (CosineWarmup); replace it"
         )
+    for section in parts.values():
+        _check_unit(section, by_epoch=epochs is not None)
     converted: dict[str, Any] = {"type": CosineWarmup, "warmup_ratio": 0.0}
     linear = parts.get("LinearLR")
     if linear is not None:
-        converted["warmup_ratio"] = linear.take("end") / total
+        warmup = linear.take("end")
+        if not 0 <= warmup < total:
+            raise ValueError(
+                f"{linear.where('end')} = {shown(warmup)}: the warm-up must end before the run "
+                f"({total}); change it"
+            )
+        converted["warmup_ratio"] = warmup / total
         start = linear.take("start_factor", 1 / 3)
         linear.note("start_factor", start, "the warm-up's first step has 1 / (steps + 1)")
         linear.expect(begin=0)
@@ -135,22 +167,34 @@ def _schedule(config: Section, *, total: float | None, lr: float) -> dict[str, A
     if end != total:
         cosine.note("end", end, f"the cosine ends with the run ({total})")
     for section in parts.values():
-        section.take("by_epoch", None)
         section.take("convert_to_iter_based", None)
         section.finish()
     return converted
 
 
-def _hooks(config: Section) -> dict[str, Any]:
+def _check_unit(section: Section, *, by_epoch: bool) -> None:
+    """Refuse a part of the curve that isn't counted like the run's length."""
+    found = section.take("by_epoch", True)  # mmengine's default
+    if found != by_epoch:
+        length, unit = ("max_epochs", "epochs") if by_epoch else ("max_iters", "iterations")
+        raise ValueError(
+            f"{section.where('by_epoch')} = {found}: train_cfg.{length} counts {unit}, so that "
+            f"the share of the run isn't known; set by_epoch={by_epoch} and give the part's begin "
+            f"and end in {unit}"
+        )
+
+
+def _hooks(config: Section, accumulation: int) -> dict[str, Any]:
     converted: dict[str, Any] = {}
     defaults = config.section("default_hooks")
     if defaults is not None:
         checkpoint, logger = defaults.section("checkpoint"), defaults.section("logger")
         if checkpoint is not None:
-            converted["checkpoint"] = _checkpoint(checkpoint)
+            converted["checkpoint"] = _checkpoint(checkpoint, accumulation)
         if logger is not None:
             logger.take("type", None)
-            converted["logging"] = {"interval": logger.take("interval", 10)}
+            interval = _steps(logger, "interval", logger.take("interval", 10), accumulation)
+            converted["logging"] = {"interval": interval}
             logger.expect(log_metric_by_epoch=False)
             logger.finish()
         for key in ("timer", "param_scheduler", "sampler_seed"):
@@ -162,6 +206,7 @@ def _hooks(config: Section) -> dict[str, Any]:
         name = kind.short_name if isinstance(kind, Reference) else kind
         if name == "EvaluateChatHook":
             every = hook.take("every_n_iters", None)
+            every = _steps(hook, "every_n_iters", every, accumulation)
             if every:
                 converted.setdefault("logging", {})["preview_interval"] = every
             inputs = hook.take("evaluation_inputs", None)
@@ -171,9 +216,13 @@ def _hooks(config: Section) -> dict[str, Any]:
     return converted
 
 
-def _checkpoint(checkpoint: Section) -> dict[str, Any]:
+def _checkpoint(checkpoint: Section, accumulation: int) -> dict[str, Any]:
     checkpoint.take("type", None)
-    converted = {"interval": checkpoint.take("interval", 500)}
+    interval = checkpoint.take("interval", 500)
+    by_epoch = checkpoint.take("by_epoch", True)
+    if not by_epoch:
+        interval = _steps(checkpoint, "interval", interval, accumulation)
+    converted = {"interval": interval}
     keep = checkpoint.take("max_keep_ckpts", -1)
     if keep > 0:
         converted["max_keep"] = keep
@@ -181,7 +230,7 @@ def _checkpoint(checkpoint: Section) -> dict[str, Any]:
         checkpoint.note("max_keep_ckpts", keep, "the 2 newest are kept")
     if not checkpoint.take("save_optimizer", True):
         checkpoint.note("save_optimizer", False, "checkpoints can always be resumed from")
-    if checkpoint.take("by_epoch", True):
+    if by_epoch:
         checkpoint.note("by_epoch", True, f"{converted['interval']} is taken as steps: change it")
     checkpoint.finish()
     return converted

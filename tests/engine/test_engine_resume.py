@@ -260,3 +260,9 @@ def test_torn_scalar_line_is_dropped(tmp_path):
         json.loads(line)["step"] for line in (tmp_path / "scalars.jsonl").read_text().splitlines()
     ]
     assert steps == list(range(1, 13))
+
+
+def test_weights_of_another_kind_of_file(tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="no checkpoint of this project: it has no 'state_dict'"):
+        load_weights(ToyModel(), tmp_path / "other.pth")

@@ -81,8 +81,8 @@ def test_llava_finetuning(tmp_path):
             "clip_grad": {"max_norm": 1.0},
         },
         "param_scheduler": {"type": CosineWarmup, "warmup_ratio": 0.03},
-        "checkpoint": {"interval": 500, "max_keep": 3},
-        "logging": {"interval": 10, "preview_interval": 500},
+        "checkpoint": {"interval": 250, "max_keep": 3},
+        "logging": {"interval": 5, "preview_interval": 250},
         "seed": 0,
     }
 
@@ -93,6 +93,9 @@ def test_what_differs_is_listed_and_nothing_else(tmp_path):
         "template",
         "optim_wrapper.dtype",
         "param_scheduler[0].start_factor",
+        "default_hooks.checkpoint.interval",
+        "default_hooks.logger.interval",
+        "custom_hooks[1].every_n_iters",
         "custom_hooks[1].evaluation_inputs",
         "the loss is the mean over all supervised tokens of a step; xtuner's of micro-batches",
     ]
@@ -175,10 +178,84 @@ llava_dataset.update(
     assert result.config["optim_wrapper"]["precision"] == "bf16"
     curve = result.config["param_scheduler"]
     assert curve["warmup_ratio"] == 0 and curve["min_lr_ratio"] == pytest.approx(0.1)
-    assert result.config["train_cfg"] == {"max_iters": 100, "accumulation": 2}
+    assert result.config["train_cfg"] == {"max_iters": 50, "accumulation": 2}
     assert result.config["seed"] == 7
     assert result.config["visualizer"] == {"vis_backends": [{"type": "TensorboardVisBackend"}]}
     assert any("xtuner 0.2.0 drops the first one" in note for note in result.notes)
+
+
+ITERATIONS = """
+optim_wrapper.update(accumulative_counts=16)
+train_cfg = dict(type=TrainLoop, max_iters=1000)
+param_scheduler = [
+    dict(type=LinearLR, start_factor=1e-5, by_epoch=False, begin=0, end=100),
+    dict(type=CosineAnnealingLR, eta_min=0.0, by_epoch=False, begin=100, end=1000),
+]
+"""
+
+
+def test_iterations_become_optimizer_steps(tmp_path):
+    result = imported(tmp_path, ITERATIONS)
+    config = result.config
+    assert config["train_cfg"] == {"max_iters": 63, "accumulation": 16}
+    assert config["param_scheduler"] == {"type": CosineWarmup, "warmup_ratio": 0.1}
+    assert config["checkpoint"]["interval"] == 32
+    assert config["logging"] == {"interval": 1, "preview_interval": 32}
+    for key, number, steps in (
+        ("train_cfg.max_iters", 1000, 63),
+        ("default_hooks.checkpoint.interval", 500, 32),
+        ("default_hooks.logger.interval", 10, 1),
+        ("custom_hooks[1].every_n_iters", 500, 32),
+    ):
+        assert f"{key} = {number}: micro-batches in xtuner: {steps} steps of 16" in "\n".join(
+            result.notes
+        )
+
+
+def test_iterations_without_accumulation_stay(tmp_path):
+    result = imported(tmp_path, ITERATIONS, "optim_wrapper.update(accumulative_counts=1)")
+    assert result.config["train_cfg"] == {"max_iters": 1000, "accumulation": 1}
+    assert result.config["checkpoint"]["interval"] == 500
+    assert not any("micro-batches in xtuner:" in note for note in result.notes)
+
+
+def test_intervals_that_count_no_iterations_stay(tmp_path):
+    never = "default_hooks['checkpoint'].update(interval=-1)"
+    assert imported(tmp_path, never).config["checkpoint"]["interval"] == -1
+    epochs = "default_hooks['checkpoint'].update(by_epoch=True, interval=4)"
+    result = imported(tmp_path, epochs)
+    assert result.config["checkpoint"]["interval"] == 4
+    assert any("by_epoch = True: 4 is taken as steps" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            "param_scheduler[0].update(by_epoch=False, end=100)",
+            r"param_scheduler\[0\]\.by_epoch = False: train_cfg\.max_epochs counts epochs",
+        ),
+        (
+            "param_scheduler[1].update(by_epoch=False, end=100)",
+            r"param_scheduler\[1\]\.by_epoch = False: train_cfg\.max_epochs counts epochs",
+        ),
+        (
+            "train_cfg = dict(type=TrainLoop, max_iters=1000)",
+            r"param_scheduler\[0\]\.by_epoch = True: train_cfg\.max_iters counts iterations",
+        ),
+        (
+            ITERATIONS + "del param_scheduler[0]['by_epoch']",  # mmengine's default is True
+            r"param_scheduler\[0\]\.by_epoch = True: train_cfg\.max_iters counts iterations",
+        ),
+        (
+            "param_scheduler[0].update(end=100)",
+            r"param_scheduler\[0\]\.end = 100: the warm-up must end before the run \(1\)",
+        ),
+    ],
+)
+def test_a_curve_in_other_units_than_the_run_is_refused(tmp_path, extra, message):
+    with pytest.raises(ValueError, match=message):
+        imported(tmp_path, extra)
 
 
 def test_several_data_sets(tmp_path):
@@ -325,6 +402,17 @@ llava_dataset.update(data_path={str(tmp_path / "data.json")!r}, image_folder={st
 train_dataloader.update(batch_size=1, num_workers=0)
 """
     return write(tmp_path, "tiny", extra)
+
+
+def test_tool_leaves_no_half_written_config(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "ours.py"
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        run_tool(monkeypatch, write(tmp_path, "config"), "--out", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.py"]
 
 
 def test_tool_writes_and_trains(tiny_xtuner_config, tmp_path, monkeypatch, capsys):
