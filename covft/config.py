@@ -99,6 +99,11 @@ def find_config(path_or_name: str | Path) -> Path:
     raise FileNotFoundError(f"no config '{path_or_name}'; {nearest(direct.stem, known)}")
 
 
+def is_under(name: str, parent: str) -> bool:
+    """Tell whether a dotted name, of a config's key or a parameter, is ``parent`` or part of it."""
+    return name == parent or name.startswith(f"{parent}.")
+
+
 def stage_configs(cfg: Config) -> list[tuple[str, Config]]:
     """Return the stages of a config in their order, each a config of its own.
 

@@ -12,7 +12,7 @@ import inspect
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean '{by_lower[close[0]]}'? (known: {', '.join(names)})"
     return f"known: {', '.join(names)}"
+
+
+def shortened(names: Sequence[str], limit: int = 8) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def build_from_config(

@@ -53,30 +53,13 @@ def main() -> None:
     sampling = None
     if args.temperature:
         sampling = Sampling(args.temperature, 1.0 if args.top_p is None else args.top_p, args.seed)
-    run = load_run(args.run, device=checked_device(args.device))
+    run = load_run(args.run, device=args.device)
     session = ChatSession.of(run, images, context=args.context, sampling=sampling)
     for question in args.question:
         print(f"> {question}")
         answer(session, question, args.max_new_tokens)
     if not args.question:
         converse(session, args.max_new_tokens)
-
-
-def checked_device(name: str | None) -> str | None:
-    """Return a device's name, or None for the default.
-
-    Raises:
-        ValueError: If there is no such device here.
-    """
-    import torch
-
-    if name is not None:
-        try:
-            torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--device {name} can't be used: {reason}") from error
-    return name
 
 
 def answer(session: ChatSession, question: str, max_new_tokens: int) -> None:

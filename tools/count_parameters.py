@@ -19,6 +19,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the command line."""
     args = parse_args()
+    from covft.checkpoints.atomic import atomic_write_text
     from covft.config import CONFIG_ROOT, find_config, load_config, stage_configs
     from covft.models.abstract import abstract_model, parameter_counts
 
@@ -33,7 +34,7 @@ def main() -> None:
         print(path.stem.ljust(width), *row)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(counts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        atomic_write_text(args.json, json.dumps(counts, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from covft.checkpoints.files import open_tensors, public_file
 from covft.checkpoints.layouts import LAYOUTS, Layout, detect_layout
-from covft.checkpoints.layouts.base import part_of, shortened, tied_names
+from covft.checkpoints.layouts.base import part_of, tied_names
 from covft.checkpoints.published_config import check_published_config
 from covft.checkpoints.trainable import WEIGHTS_NAME, check_same_parameters, check_tied, copy_into
 from covft.models.mllm import MLLM
-from covft.registry import nearest
+from covft.registry import nearest, shortened
+from covft.weights.files import open_tensors, public_file
 
 Shapes = Mapping[str, Sequence[int]]
 #: An image's first layer in a file of CLIP, SigLIP, InternViT or DINO.
@@ -46,7 +46,7 @@ def import_checkpoint(model: MLLM, path: str | Path, layout: str | None = None) 
 
     Args:
         model: The model to change in place.
-        path: A folder or file, see :func:`~covft.checkpoints.files.open_tensors`. A config.json
+        path: A folder or file, see :func:`~covft.weights.files.open_tensors`. A config.json
             beside the weights is compared with the model.
         layout: A name in :data:`~covft.checkpoints.layouts.LAYOUTS`; by default it is detected.
 
@@ -107,7 +107,7 @@ def _layout(names: Collection[str], wanted: str | None, *, source: str) -> Layou
         lora = any("lora_" in name for name in names)
         raise ValueError(
             f"{source} is in none of the layouts {', '.join(LAYOUTS)}; it holds "
-            f"{len(names)} tensors: {shortened(names)}"
+            f"{len(names)} tensors: {shortened(sorted(names))}"
             + (". These are LoRA's factors: merge them with the tool that wrote them" * lora)
         )
     if wanted is not None and wanted != detected.name and not LAYOUTS[wanted].detect(names):

@@ -10,7 +10,6 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import set_random_seed
 
-from covft.checkpoints.files import open_tensors
 from covft.checkpoints.importing import import_checkpoint, is_public
 from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
 from covft.config import CONFIG_NAME, load_config, stage_configs
@@ -18,6 +17,7 @@ from covft.datasets.spec import InputSpec
 from covft.datasets.tiling import Resizing, checked_resizing
 from covft.models.mllm import MLLM
 from covft.registry import MODELS
+from covft.weights.files import open_tensors
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def load_run(path: str | Path, *, device: str | None = None) -> Run:
 
     Raises:
         FileNotFoundError: If the folder holds no run, or a stage isn't finished.
-        ValueError: If weights and config don't fit.
+        ValueError: If weights and config don't fit, or the device can't be used.
     """
+    device = best_device() if device is None else _checked_device(device)
     root = Path(path).resolve()
     config_file = root / CONFIG_NAME
     if not config_file.is_file():
@@ -133,6 +134,13 @@ def load_run(path: str | Path, *, device: str | None = None) -> Run:
         load_weights(model, file)
     data = stages[-1][1].train_dataset
     resize = checked_resizing(data.get("resize"), data.get("max_tiles"))
-    return Run(
-        model.to(device or best_device()).eval(), InputSpec.of(model), config, tuple(files), resize
-    )
+    return Run(model.to(device).eval(), InputSpec.of(model), config, tuple(files), resize)
+
+
+def _checked_device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} can't be used: {reason}") from error
+    return name

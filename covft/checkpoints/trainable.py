@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -56,6 +57,17 @@ def save_weights(model: nn.Module, path: Path, *, metadata: Mapping[str, str]) -
     }
     header = {"format": "pt", **metadata}
     atomic_write(path, lambda partial: save_file(tensors, partial, metadata=header))
+
+
+def trained_config(path: Path) -> str:
+    """Return the text of the config that a file of weights was trained with; "" if it has none.
+
+    Args:
+        path: A file of :func:`save_weights`, whose ``metadata`` holds the text as "config".
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, str] = file.metadata() or {}
+    return metadata.get("config", "")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> list[str]:

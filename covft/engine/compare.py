@@ -12,12 +12,18 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import print_log
-from safetensors import safe_open
 
 from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.run import stage_dir
-from covft.checkpoints.trainable import WEIGHTS_NAME
-from covft.config import CONFIG_NAME, config_text, load_config, stage_configs, stage_text
+from covft.checkpoints.trainable import WEIGHTS_NAME, trained_config
+from covft.config import (
+    CONFIG_NAME,
+    config_text,
+    is_under,
+    load_config,
+    stage_configs,
+    stage_text,
+)
 from covft.engine.preflight import check_run
 from covft.engine.results import read_results
 from covft.engine.scalars_hook import SCALARS_NAME
@@ -93,7 +99,7 @@ def method_configs(
     """
     options = dict(options or {})
     own = _method_of(load_config(config, options))
-    others = {key: value for key, value in options.items() if not _is_under(key, _VFT_KEY)}
+    others = {key: value for key, value in options.items() if not is_under(key, _VFT_KEY)}
     if own not in methods and (unused := sorted(set(options) - set(others))):
         raise ValueError(
             f"--cfg-options {', '.join(unused)} would have no effect: it is about {own}, the "
@@ -173,10 +179,6 @@ def _method_of(cfg: Config) -> str:
     return str(getattr(found, "__name__", kind))
 
 
-def _is_under(key: str, parent: str) -> bool:
-    return key == parent or key.startswith(f"{parent}.")
-
-
 def _comparable_results(work_dir: Path, cfg: Config) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """Return the results of the runs that differ from a config in the method alone.
 
@@ -214,11 +216,8 @@ def _text_without_method(cfg: Config) -> str:
 def _has_trained(run: Path, names: Sequence[str], texts: Sequence[str]) -> bool:
     for name, text in zip(names, texts, strict=False):
         weights = run / name / WEIGHTS_NAME
-        if not weights.is_file():
+        if not weights.is_file() or trained_config(weights) != text:
             return False
-        with safe_open(weights, framework="pt") as file:
-            if (file.metadata() or {}).get("config") != text:
-                return False
     return True
 
 

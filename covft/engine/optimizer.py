@@ -15,6 +15,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
 from covft.checkpoints.trainable import unwrapped
+from covft.config import is_under
 from covft.models.llm_adapters import import_bitsandbytes
 from covft.registry import OPTIM_WRAPPERS, Registry, nearest
 
@@ -161,7 +162,7 @@ def parameter_groups(
     _check_prefixes(prefix_lr, unwrapped(model))
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named:
-        prefix = max((p for p in prefix_lr if _has_prefix(name, p)), key=len, default=None)
+        prefix = max((p for p in prefix_lr if is_under(name, p)), key=len, default=None)
         decays = weight_decay > 0 and parameter.ndim > 1
         group_name = (prefix or _BASE) + ("" if decays or weight_decay == 0 else _NO_DECAY)
         group = groups.setdefault(
@@ -228,16 +229,12 @@ def _resolve_rates(prefix_lr: Mapping[str, float | str], model: nn.Module) -> di
     return rates
 
 
-def _has_prefix(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}.")
-
-
 def _check_prefixes(prefix_lr: Mapping[str, float], model: nn.Module) -> None:
     names = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for prefix in prefix_lr:
-        if any(trainable and _has_prefix(name, prefix) for name, trainable in names.items()):
+        if any(trainable and is_under(name, prefix) for name, trainable in names.items()):
             continue
-        if any(_has_prefix(name, prefix) for name in names):
+        if any(is_under(name, prefix) for name in names):
             # No error: methods are compared under one config, and some freeze the encoder.
             print_log(
                 f"optim_wrapper.lr: everything under '{prefix}' is frozen; its rate isn't used",

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from safetensors import safe_open
 
 from covft.checkpoints.run import stage_dir
-from covft.checkpoints.trainable import WEIGHTS_NAME
+from covft.checkpoints.trainable import WEIGHTS_NAME, trained_config
 from covft.config import STAGE_KEYS, changed_lines, stage_configs, stage_text
 from covft.engine.checkpoint_hook import CheckpointHook
 from covft.engine.data import build_dataloader
@@ -132,8 +131,7 @@ def _with_used_rates(cfg: Mapping[str, Any], model: MLLM) -> dict[str, Any]:
 
 def _check_same_config(folder: Path, stage: Config, *, seed: int) -> None:
     """Refuse to keep a finished stage of another config: config.py would tell of what never ran."""
-    with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-        trained = (file.metadata() or {}).get("config", "")
+    trained = trained_config(folder / WEIGHTS_NAME)
     now = stage_text(stage, seed=seed)
     if trained != now:
         raise ValueError(

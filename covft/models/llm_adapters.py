@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from covft.models.low_rank import check_low_rank, merge_update, zero_update
 from covft.registry import check_arguments, nearest
 
 QUANTIZATIONS = ("nf4",)
@@ -58,12 +58,7 @@ class LoRAOptions:
     target: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"llm.lora.rank must be at least 1, got {self.rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"llm.lora.alpha must be above 0, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"llm.lora.dropout must be in [0, 1), got {self.dropout}")
+        check_low_rank(self.rank, self.alpha, self.dropout, where="llm.lora")
         if isinstance(self.target, str) or (self.target is not None and not self.target):
             raise ValueError(
                 f"llm.lora.target must be a list of layer names, got {self.target!r}; leave it out "
@@ -180,14 +175,15 @@ class LowRankUpdate(nn.Module):
 
     def add_update(self, options: LoRAOptions, *, dtype: torch.dtype) -> None:
         """Add a zero update; to be called once, when the layer has become of this class."""
-        empty = functools.partial(torch.empty, dtype=dtype, device=self.weight.device)
-        self.lora_a = nn.Parameter(empty(options.rank, self.in_features))
-        self.lora_b = nn.Parameter(empty(self.out_features, options.rank))
+        self.lora_a, self.lora_b = zero_update(
+            self.in_features,
+            self.out_features,
+            rank=options.rank,
+            dtype=dtype,
+            device=self.weight.device,
+        )
         self.lora_dropout = nn.Dropout(options.dropout)
         self.lora_scale = options.alpha / options.rank
-        # An nn.Linear's initial weights, as the authors' code has it; the paper says Gaussian.
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_b)
 
     def forward(self, x: Tensor) -> Tensor:
         """Project (..., in_features) to (..., out_features)."""
@@ -278,7 +274,4 @@ def _plain_weight(module: Any, dtype: torch.dtype) -> Tensor:
         )
     if not isinstance(module, LowRankUpdate):
         return weight.to(dtype)
-    # In 16 bits the product would be rounded before it is added.
-    exact = torch.promote_types(dtype, torch.float32)
-    update = module.lora_b.to(exact) @ module.lora_a.to(exact)
-    return (weight.to(exact) + module.lora_scale * update).to(dtype)
+    return merge_update(weight, module.lora_a, module.lora_b, scale=module.lora_scale, dtype=dtype)

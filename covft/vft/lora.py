@@ -13,12 +13,10 @@ Choices:
 
 from __future__ import annotations
 
-import math
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from covft.models.low_rank import check_low_rank, merge_update, zero_update
 from covft.models.vision.backbone import VisionBackbone
 from covft.models.vision.tower import VisionTower
 from covft.registry import VFT
@@ -43,12 +41,7 @@ class LoRA(VFTMethod):
     learning_rate = 2e-4
 
     def __init__(self, *, rank: int = 8, alpha: float = 16.0, dropout: float = 0.05) -> None:
-        if rank < 1:
-            raise ValueError(f"vft.rank must be at least 1, got {rank}")
-        if alpha <= 0:
-            raise ValueError(f"vft.alpha must be above 0, got {alpha}: it scales the updates")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"vft.dropout must be in [0, 1), got {dropout}")
+        check_low_rank(rank, alpha, dropout, where="vft")
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
 
     def apply(self, tower: VisionTower) -> None:
@@ -98,28 +91,26 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, *, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
-        weight = base.weight
         self.base = base.requires_grad_(False)
-        self.lora_a = nn.Parameter(weight.new_empty(rank, base.in_features))
-        self.lora_b = nn.Parameter(weight.new_zeros(base.out_features, rank))
+        self.lora_a, self.lora_b = zero_update(
+            base.in_features,
+            base.out_features,
+            rank=rank,
+            dtype=base.weight.dtype,
+            device=base.weight.device,
+        )
         self.dropout = nn.Dropout(dropout)
         self.scale = alpha / rank
-        # An nn.Linear's initial weights, as the authors' code has it; the paper says Gaussian.
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         """Project (..., in_features) to (..., out_features)."""
         update = F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
         return self.base(x) + self.scale * update
 
-    @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """Return W + (alpha / r) B A, (out_features, in_features), in the type of W."""
         weight = self.base.weight
-        # In 16 bits the product would be rounded before it is added.
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        update = self.lora_b.to(exact) @ self.lora_a.to(exact)
-        return (weight.to(exact) + self.scale * update).to(weight.dtype)
+        return merge_update(weight, self.lora_a, self.lora_b, scale=self.scale, dtype=weight.dtype)
 
     def extra_repr(self) -> str:
         """Show rank and scale in the printed model."""

@@ -23,14 +23,8 @@ def is_hub_id(name: str) -> bool:
 
 def find_in_hub_cache(name: str) -> Path | None:
     """Return the folder of an earlier download if it is complete; never asks the network."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        return None
-    return folder if _missing(folder) is None else None
+    folder = _local_snapshot(name)
+    return folder if folder is not None and _missing(folder) is None else None
 
 
 def fetch_from_hub(name: str) -> Path:
@@ -70,13 +64,7 @@ def fetch_text_files(name: str) -> Path:
         PermissionError: If the repository is gated and access wasn't granted.
         ValueError: If there is no such repository.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        cached = Path(snapshot_download(name, local_files_only=True))
-    except LocalEntryNotFoundError:
-        cached = None
+    cached = _local_snapshot(name)
     if cached is not None and any(any(cached.glob(pattern)) for pattern in _TOKENIZER_FILES):
         return cached
     say(f"fetching the tokenizer of {name} from the Hugging Face hub")
@@ -89,6 +77,17 @@ def hub_source(folder: Path) -> str | None:
     if len(parts) < 3 or parts[-2] != "snapshots" or not parts[-3].startswith("models--"):
         return None
     return f"hub: {parts[-3].removeprefix('models--').replace('--', '/', 1)}@{parts[-1]}"
+
+
+def _local_snapshot(name: str) -> Path | None:
+    """Return the folder of an earlier download, complete or not; never asks the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _download(name: str, patterns: list[str]) -> Path:

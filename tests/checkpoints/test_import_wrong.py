@@ -20,8 +20,8 @@ from public_models import (
 )
 
 from covft.checkpoints import import_checkpoint
-from covft.checkpoints.files import open_tensors
 from covft.checkpoints.layouts import LAYOUTS, detect_layout
+from covft.weights.files import open_tensors
 
 
 def refuse(model, path, message, layout=None, error=ValueError):

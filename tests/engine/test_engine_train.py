@@ -182,6 +182,11 @@ def test_unfinished_or_foreign_folders(tiny_options, tmp_path: Path) -> None:
         load_run(tmp_path / "r")
 
 
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--device nosuch can't be used"):
+        load_run(tmp_path, device="nosuch")
+
+
 def test_nothing_more_is_left_out_than_was_planted(tiny_options, tmp_path: Path) -> None:
     root = tmp_path / "data"
     root.mkdir()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from covft.checkpoints.layouts import LAYOUTS
-from covft.checkpoints.layouts.base import tied_names
+from covft.checkpoints.layouts.base import part_of, plain_llm_state, tied_names
 from covft.checkpoints.run import Run
 from covft.config import stage_configs
 from covft.models.mllm import MLLM
@@ -40,9 +40,10 @@ class Source:
 
     def state(self) -> dict[str, Tensor]:
         """Return all tensors of the model, the LLM's as plain weights, tied ones under one name."""
-        state = {k: v for k, v in self.model.state_dict().items() if not k.startswith("llm.")}
+        own = {k: v for k, v in self.model.state_dict().items() if part_of(k) != "llm"}
         tied = tied_names(self.model)
-        return self._cast({k: v for k, v in {**state, **self._llm()}.items() if k not in tied})
+        state = {**own, **plain_llm_state(self.model)}
+        return self._cast({k: v for k, v in state.items() if k not in tied})
 
     def public_state(self, layout: str) -> dict[str, Tensor]:
         """Return the model's tensors in one of :data:`LAYOUTS`.
@@ -51,9 +52,7 @@ class Source:
             ValueError: If the layout can't hold the model; names a format that can.
         """
         try:
-            state = LAYOUTS[layout].state_dict(self.model)
-            state = {k: v for k, v in state.items() if not k.startswith("llm.")}
-            return self._cast(LAYOUTS[layout].from_ours({**state, **self._llm()}, self.model))
+            return self._cast(LAYOUTS[layout].from_ours(None, self.model))
         except ValueError as error:
             raise ValueError(f"--to {layout}: {error}. --to hf holds every model") from error
 
@@ -76,11 +75,6 @@ class Source:
         if self.dtype is None:
             return state
         return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in state.items()}
-
-    def _llm(self) -> dict[str, Tensor]:
-        """Return the LLM's weights, its low-rank updates merged and quantisation undone."""
-        merged = self.model.llm.merged_state_dict()
-        return {f"llm.model.{name}": value for name, value in merged.items()}
 
 
 def compute_dtype(state: dict[str, Tensor]) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -11,10 +11,10 @@ from torch import Tensor
 from covft.checkpoints.layouts.encoder import read_encoder
 from covft.models.mllm import MLLM
 from covft.models.projectors import Projector
+from covft.registry import shortened
 
 #: Buffers that older files hold and models recompute.
 _RECOMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|embeddings\.position_ids)")
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Layout:
         if unknown:
             raise ValueError(
                 f"{len(unknown)} keys mean nothing in layout '{self.name}' ({self.holds}): "
-                f"{shortened(unknown)}"
+                f"{shortened(sorted(unknown))}"
             )
         return parts
 
@@ -222,7 +222,7 @@ def plain_encoder_state(state: Mapping[str, Tensor], *, layout: str) -> dict[str
     if connector:
         raise ValueError(
             f"layout '{layout}' holds an encoder, but no connector behind it, which this VFT "
-            f"method brings: {shortened(connector)}"
+            f"method brings: {shortened(sorted(connector))}"
         )
     return {name.removeprefix("vision.backbone."): tensor for name, tensor in state.items()}
 
@@ -239,13 +239,6 @@ def tied_names(model: MLLM) -> set[str]:
     if output is None or output.weight is not llm.get_input_embeddings().weight:
         return set()
     return {f"llm.model.{name}.weight" for name, module in llm.named_modules() if module is output}
-
-
-def shortened(names: Iterable[str]) -> str:
-    """Return the first names, and how many more there are."""
-    names = sorted(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _renamed(name: str, prefixes: Mapping[str, str], *, what: str) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from covft.checkpoints.layouts.base import Layout, shortened
+from covft.checkpoints.layouts.base import Layout
 from covft.models.mllm import MLLM
 from covft.models.projectors import LinearProjector, MLPProjector
+from covft.registry import shortened
 
 
 class _XTuner(Layout):
@@ -20,9 +21,9 @@ class _XTuner(Layout):
         lora = [name for name in state if ".lora_" in name or ".base_model." in name]
         if lora:
             raise ValueError(
-                f"the file holds {len(lora)} LoRA weights ({shortened(lora)}), and not their scale "
-                "(lora_alpha): merge them with xtuner first (`xtuner convert pth_to_hf` and "
-                "`xtuner convert merge`)"
+                f"the file holds {len(lora)} LoRA weights ({shortened(sorted(lora))}), and not "
+                "their scale (lora_alpha): merge them with xtuner first (`xtuner convert "
+                "pth_to_hf` and `xtuner convert merge`)"
             )
         return super().to_ours(state, model)
 

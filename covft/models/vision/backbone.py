@@ -15,7 +15,7 @@ from covft.models.vision.image_spec import ImageSpec, Resize
 from covft.models.vision.layout import CheckpointLayout
 from covft.models.vision.pretrained import locate, read_config, read_tensors
 from covft.models.vision.vit import ViT, ViTConfig
-from covft.registry import nearest
+from covft.registry import nearest, shortened
 
 _ACTS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -140,7 +140,7 @@ class VisionBackbone(ViT):
         faults = {"missing": missing, "of another shape": misshapen, "unexpected": unknown}
         if any(faults.values()):
             lists = "; ".join(
-                f"{what}: {_shorten(names)}" for what, names in faults.items() if names
+                f"{what}: {shortened(names)}" for what, names in faults.items() if names
             )
             raise ValueError(
                 f"the checkpoint doesn't fit the architecture ({lists}); check arch and weights"
@@ -315,8 +315,3 @@ def _scalar(value: Any) -> Any:
     if len(set(value)) != 1:
         raise ValueError(f"config.json has {value}, expected a square")
     return value[0]
-
-
-def _shorten(names: list[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-#: What a folder's weights may be called, the first that is there counts.
-FILES = (
+#: What a folder's weights are called on the hub, the first that is there counts.
+HUB_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+)
+#: The same, with what training codes write.
+FILES = (
+    *HUB_FILES,
     "mm_projector.bin",
     "mp_rank_00_model_states.pt",  # DeepSpeed's ZeRO-1 and ZeRO-2
 )
@@ -30,8 +34,10 @@ _PARTITIONS = "zero_pp_rank_*_model_states.pt"
 _SHARD = re.compile(r".*-\d+-of-(\d+)\.(safetensors|bin)")
 
 
-def open_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Open every tensor of a checkpoint.
+def open_tensors(
+    path: str | Path, *, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """Open the tensors of a checkpoint.
 
     The tensors are mapped from the files, page by page as they are used, so that copying them into
     a model takes no second model's memory. Only PyTorch's format before 1.6 is read whole.
@@ -40,6 +46,8 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
         path: A folder with safetensors or PyTorch files (whole, or in shards with their index), or
             a single such file, whose weights may be under ``state_dict`` or, as DeepSpeed has them,
             under ``module``.
+        wanted: Tells by a tensor's name whether to open it. Shards in which none is wanted needn't
+            be there.
 
     Raises:
         FileNotFoundError: If there is no such path, or the folder holds no weights.
@@ -53,7 +61,7 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is one of {shard[1]} shards; name its folder instead")
         if path.match(_PARTITIONS):
             raise _partitioned(path)
-        return _open_file(path)
+        return _open_file(path, wanted)
     if not path.is_dir():
         raise FileNotFoundError(f"no weights at '{path}'")
     name = public_file(path)
@@ -62,12 +70,12 @@ def open_tensors(path: str | Path) -> dict[str, Tensor]:
             raise _partitioned(path)
         raise FileNotFoundError(f"no weights in '{path}': expected one of {', '.join(FILES)}")
     file = path / name
-    return _open_shards(file) if file.suffix == ".json" else _open_file(file)
+    return _open_shards(file, wanted) if file.suffix == ".json" else _open_file(file, wanted)
 
 
-def public_file(folder: Path) -> str | None:
-    """Return the name of a folder's public weights file or index, or None if there is none."""
-    return next((name for name in FILES if (folder / name).is_file()), None)
+def public_file(folder: Path, names: Sequence[str] = FILES) -> str | None:
+    """Return the first of ``names`` that is a file in a folder, or None if there is none."""
+    return next((name for name in names if (folder / name).is_file()), None)
 
 
 def _partitioned(path: Path) -> ValueError:
@@ -77,8 +85,9 @@ def _partitioned(path: Path) -> ValueError:
     )
 
 
-def _open_shards(index: Path) -> dict[str, Tensor]:
-    places: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+def _open_shards(index: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    places = {name: shard for name, shard in weight_map.items() if wanted(name)}
     shards = sorted(set(places.values()))
     absent = [name for name in shards if not (index.parent / name).is_file()]
     if absent:
@@ -88,7 +97,7 @@ def _open_shards(index: Path) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     for name in shards:
-        tensors.update(_open_file(index.parent / name))
+        tensors.update(_open_file(index.parent / name, wanted))
     lost = sorted(places.keys() - tensors.keys())
     if lost:
         raise ValueError(
@@ -98,11 +107,12 @@ def _open_shards(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _open_file(file: Path) -> dict[str, Tensor]:
+def _open_file(file: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                names = [name for name in opened.keys() if wanted(name)]  # noqa: SIM118
+                return {name: opened.get_tensor(name) for name in names}
         except SafetensorError as error:
             raise ValueError(f"{file} is broken ({error}); download it again") from error
     try:
@@ -115,7 +125,7 @@ def _open_file(file: Path) -> dict[str, Tensor]:
             "save its 'state_dict' alone with the tool that wrote it "
             f"({str(error).splitlines()[0]})"
         ) from error
-    return _weights(content, file)
+    return {name: value for name, value in _weights(content, file).items() if wanted(name)}
 
 
 def _weights(content: Any, file: Path) -> dict[str, Tensor]:
