@@ -1,10 +1,12 @@
 """Data: instruction conversations, images, batches, and the order in which steps see them."""
 
-from covft.datasets.annotations import read_annotations
+from covft.datasets.base import ConversationDataset, Sizes
 from covft.datasets.collate import Collator
 from covft.datasets.easy_vqa import EasyVQADataset
 from covft.datasets.instruct import InstructDataset
 from covft.datasets.internvl import InternVLDataset
+from covft.datasets.mixture import MixtureDataset
+from covft.datasets.packing import CostModel
 from covft.datasets.sample import BadSample, Sample
 from covft.datasets.sampler import StepBatchSampler
 from covft.datasets.spec import InputSpec
@@ -14,15 +16,18 @@ from covft.datasets.transforms import load_image, transform
 __all__ = [
     "BadSample",
     "Collator",
+    "ConversationDataset",
+    "CostModel",
     "EasyVQADataset",
     "InputSpec",
     "InstructDataset",
     "InternVLDataset",
+    "MixtureDataset",
     "Sample",
+    "Sizes",
     "StepBatchSampler",
     "Tiles",
     "load_image",
-    "read_annotations",
     "tiled",
     "transform",
 ]

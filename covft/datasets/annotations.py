@@ -1,60 +1,19 @@
-"""Annotation files in LLaVA's format: reading, and the checks that need no image."""
+"""Records in LLaVA's format, and the checks of them that need no image."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from covft.conversation import Template, checked_turns, placed_images
+from covft.conversation import IMAGE_TOKEN, Template, checked_turns, placed_images
+from covft.datasets.tiling import Resizing, Tiles, num_squares
 
 Record = Mapping[str, Any]
 
-
-def read_annotations(annotations: str | Sequence[str | Record]) -> list[Record]:
-    """Return the records of annotation files (.json: one list; .jsonl: one record a line).
-
-    Args:
-        annotations: A path, or a list of paths and records.
-
-    Raises:
-        ValueError: If a file is missing or can't be parsed, or an entry is no record.
-    """
-    records: list[Record] = []
-    for item in [annotations] if isinstance(annotations, str) else annotations:
-        records += _read_file(Path(item)) if isinstance(item, str) else [item]
-    for number, record in enumerate(records):
-        if not isinstance(record, Mapping):
-            raise ValueError(
-                f"annotation {number} is a {type(record).__name__}, expected an object with "
-                "'conversations'"
-            )
-    return records
-
-
-def _read_file(path: Path) -> list[Record]:
-    if not path.is_file():
-        raise ValueError(f"annotation file not found: {path}")
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".jsonl":
-        return [
-            _parsed(line, f"{path}, line {number}")
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
-    records = _parsed(text, str(path))
-    if not isinstance(records, list):
-        raise ValueError(f"{path} holds no list of records; name it .jsonl if it has one a line")
-    return records
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no valid JSON: {error}") from error
+#: Bytes of text that make about one token. Holds for English and, at three bytes a character,
+#: roughly for Chinese too; counting words would call any Chinese text one word.
+BYTES_PER_TOKEN = 4
 
 
 def image_paths(record: Record) -> list[str]:
@@ -103,15 +62,81 @@ def image_sizes(record: Record) -> list[tuple[int, int]] | None:
     return list(zip(*sides, strict=True))
 
 
-def estimated_length(record: Record, *, num_image_tokens: int) -> int:
-    """Return about how many tokens a record has, without tokenising it.
+@dataclass(frozen=True)
+class RecordCheck:
+    """What decides whether a record can be used, and how many squares its images make.
 
-    Four bytes a token hold for English and, at three bytes a character, roughly for Chinese too;
-    counting words would call any Chinese text one word.
-
-    Args:
-        record: With turns that have been checked.
-        num_image_tokens: Tokens of all its images together.
+    Attributes:
+        template: The LLM's; some can't hold every conversation.
+        resize: How images become squares.
+        tile_size: Side of a tile, in pixels.
     """
-    num_bytes = sum(len(turn["value"].encode()) for turn in record["conversations"])
-    return math.ceil(num_bytes / 4) + num_image_tokens
+
+    template: Template
+    resize: Resizing
+    tile_size: int
+
+    def measure(self, record: Record) -> tuple[int, int, int]:
+        """Return a record's bytes of text, its images, and their squares.
+
+        Raises:
+            ValueError: If it can't be used.
+        """
+        text = _plain_text(record, keep_questions=self.template.keep_questions)
+        if text is not None:
+            num_images = 1 if record.get("image") else 0
+        else:
+            check_record(record, template=self.template)
+            num_images = len(image_paths(record))
+            text = "".join(turn["value"] for turn in record["conversations"])
+        # A character outside Unicode is the tokenizer's to refuse, not a reason to stop here.
+        num_bytes = len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+        if not isinstance(self.resize, Tiles):
+            return num_bytes, num_images, num_images
+        return num_bytes, num_images, self._bounded_squares(record, num_images, self.resize)
+
+    def squares(self, sizes: Sequence[tuple[int, int]]) -> list[int]:
+        """Return how many squares images of those widths and heights, in pixels, become."""
+        if not isinstance(self.resize, Tiles):
+            return [1] * len(sizes)
+        share = self.resize.share(len(sizes))
+        grid = {"tile_size": self.tile_size, "max_tiles": share.max_tiles}
+        return [num_squares(width, height, **grid) for width, height in sizes]
+
+    def _bounded_squares(self, record: Record, num_images: int, tiles: Tiles) -> int:
+        """Count the squares of a record's images, or bound them where it doesn't state its sizes.
+
+        Opening every image would take hours.
+        """
+        sizes = image_sizes(record)
+        if sizes is None:
+            return num_images * tiles.share(num_images).max_squares
+        return sum(self.squares(sizes))
+
+
+_ROLES = {2 * n: ["human", "gpt"] * n for n in range(1, 65)}
+
+
+def _plain_text(record: Record, *, keep_questions: bool) -> str | None:
+    """Return the text of a record whose use is plain to see; None if it takes a closer look.
+
+    Most records alternate and have a tag for an image; :func:`check_record` would take ten times
+    as long to find that out, and minutes for a million.
+    """
+    turns, image = record.get("conversations"), record.get("image")
+    if type(turns) is not list or record.get("video") or not (keep_questions or len(turns) == 2):
+        return None
+    try:
+        if [turn["from"] for turn in turns] != _ROLES.get(len(turns)):
+            return None
+        values = [turn["value"] for turn in turns]
+        text = "".join(values)
+    except (TypeError, KeyError):
+        return None
+    # A tag that only the joining makes sends a good record to the closer look: no harm.
+    tags = text.count(IMAGE_TOKEN)
+    if tags and IMAGE_TOKEN in "".join(values[1::2]):
+        return None
+    if image is None or isinstance(image, str):
+        return text if tags <= bool(image) else None
+    return None

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from covft.conversation import IGNORE_INDEX, decoded_spans
-from covft.datasets.instruct import InstructDataset
+from covft.datasets.base import ConversationDataset
 from covft.datasets.sample import BadSample, Sample
 
 _MARGIN = 12
@@ -32,7 +32,7 @@ class _Word:
     background: tuple[int, int, int]
 
 
-def draw_sample(dataset: InstructDataset, index: int) -> np.ndarray:
+def draw_sample(dataset: ConversationDataset, index: int) -> np.ndarray:
     """Draw a sample's images, and beside them its text with supervised parts highlighted.
 
     Args:
@@ -60,7 +60,7 @@ def _header_text(sample: Sample) -> str:
     return f"[{sample.id}] {len(sample.input_ids)} tokens, {supervised} supervised{cut}"
 
 
-def _sample_words(dataset: InstructDataset, sample: Sample) -> list[_Word]:
+def _sample_words(dataset: ConversationDataset, sample: Sample) -> list[_Word]:
     words: list[_Word] = []
     spans = decoded_spans(sample.input_ids, sample.labels, tokenizer=dataset.spec.tokenizer)
     for span in spans:

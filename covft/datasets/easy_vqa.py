@@ -117,6 +117,8 @@ class EasyVQADataset(InstructDataset):
         max_tiles: As for :class:`InstructDataset`.
         max_length: As for :class:`InstructDataset`.
         on_bad: As for :class:`InstructDataset`.
+        fraction: As for :class:`InstructDataset`.
+        fraction_seed: As for :class:`InstructDataset`.
 
     Raises:
         ValueError: If the folder or an argument is wrong.
@@ -136,6 +138,8 @@ class EasyVQADataset(InstructDataset):
         max_tiles: int | None = None,
         max_length: int = 2048,
         on_bad: Literal["skip", "raise"] = "skip",
+        fraction: float = 1.0,
+        fraction_seed: int | None = None,
     ) -> None:
         root = str(dataset_root("easy-vqa")) if root is None else root
         if kind == "conversations":
@@ -158,6 +162,8 @@ class EasyVQADataset(InstructDataset):
             max_tiles=max_tiles,
             max_length=max_length,
             on_bad=on_bad,
+            fraction=fraction,
+            fraction_seed=fraction_seed,
         )
 
 

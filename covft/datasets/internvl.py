@@ -14,21 +14,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from mmengine.logging import print_log
 
-from covft.datasets.annotations import Record, image_paths, read_annotations
+from covft.datasets.annotations import RecordCheck
 from covft.datasets.instruct import InstructDataset
+from covft.datasets.record_source import RecordSource
 from covft.datasets.spec import InputSpec
-from covft.datasets.tiling import Resizing, Tiles
+from covft.datasets.tiling import Tiles, checked_resizing
 from covft.registry import DATASETS, nearest
 
 _REQUIRED = ("root", "annotation")
 _OPTIONAL = ("data_augment", "repeat_time", "length", "max_dynamic_patch")
-#: Under this key a record carries its entry's ``max_dynamic_patch``.
-_MAX_TILES = "_max_tiles"
 
 
 @DATASETS.register_module()
@@ -43,6 +43,8 @@ class InternVLDataset(InstructDataset):
             in training. Inference takes this one.
         max_length: As for :class:`InstructDataset`.
         on_bad: As for :class:`InstructDataset`.
+        fraction: As for :class:`InstructDataset`; of all entries together, repeats included.
+        fraction_seed: As for :class:`InstructDataset`.
 
     Raises:
         ValueError: If the meta or a file it names can't be read, or an entry asks for what can't be
@@ -58,27 +60,29 @@ class InternVLDataset(InstructDataset):
         max_tiles: int | None = None,
         max_length: int = 2048,
         on_bad: Literal["skip", "raise"] = "skip",
+        fraction: float = 1.0,
+        fraction_seed: int | None = None,
     ) -> None:
+        check = RecordCheck(
+            spec.template, checked_resizing(resize, max_tiles), spec.image.image_size
+        )
         where = meta if isinstance(meta, str) else "meta"
-        records: list[Record] = []
+        sources: list[tuple[RecordSource, float]] = []
         for name, entry in _read_meta(meta).items():
             try:
                 _check_entry(entry, tiles=resize == "tiles")
-                records += _records(name, entry)
+                sources.append((_source(name, entry, check), entry.get("repeat_time", 1)))
             except ValueError as error:
                 raise ValueError(f"{where}, '{name}': {error}") from error
-        super().__init__(
-            records,
+        self._set_up(
+            sources,
+            check,
             spec=spec,
-            resize=resize,
-            max_tiles=max_tiles,
             max_length=max_length,
             on_bad=on_bad,
+            fraction=fraction,
+            fraction_seed=fraction_seed,
         )
-
-    def resize_of(self, record: Record) -> Resizing:
-        """Return how a record's images become squares; its entry may set its own tiles."""
-        return Tiles(record[_MAX_TILES]) if _MAX_TILES in record else self.resize
 
 
 def _read_meta(meta: str | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -126,32 +130,20 @@ def _check_entry(entry: Any, *, tiles: bool) -> None:
         Tiles(max_tiles)
 
 
-def _records(name: str, entry: Mapping[str, Any]) -> list[Record]:
-    """Return an entry's records as often as it asks, with whole paths, ids and tiles."""
-    records = read_annotations(entry["annotation"])
-    stated = entry.get("length")
-    if stated is not None and stated != len(records):
+def _source(name: str, entry: Mapping[str, Any], check: RecordCheck) -> RecordSource:
+    """Open an entry's annotations; it may set its own number of tiles."""
+    max_tiles = entry.get("max_dynamic_patch")
+    if max_tiles is not None:
+        check = replace(check, resize=Tiles(max_tiles))
+    source = RecordSource(entry["annotation"], check, root=entry["root"], name=name)
+    stated, repeat = entry.get("length"), entry.get("repeat_time", 1)
+    if stated is not None and stated != len(source):
         print_log(
             f"'{name}': the meta's length is {stated}, but {entry['annotation']} holds "
-            f"{len(records)} records; they are used. If some should be there, fetch it again",
+            f"{len(source)} records; they are used. If some should be there, fetch it again",
             logger="current",
             level=logging.WARNING,
         )
-    repeat = entry.get("repeat_time", 1)
-    kept = records[: int(len(records) * repeat)] if repeat < 1 else records
-    if not kept:
-        raise ValueError(f"repeat_time={repeat} of {len(records)} records leaves none")
-    max_tiles = entry.get("max_dynamic_patch")
-    common = {} if max_tiles is None else {_MAX_TILES: max_tiles}
-    named: list[Record] = [
-        {**record, **common, **_image(record, entry["root"]), "id": f"{name}/{record.get('id', n)}"}
-        for n, record in enumerate(kept)
-    ]
-    return named * max(int(repeat), 1)
-
-
-def _image(record: Record, root: str) -> dict[str, list[str]]:
-    try:
-        return {"image": [str(Path(root) / path) for path in image_paths(record)]}
-    except ValueError:
-        return {}  # the record keeps what is wrong, and is listed among the bad ones
+    if not int(len(source) * repeat):
+        raise ValueError(f"repeat_time={repeat} of {len(source)} records leaves none")
+    return source

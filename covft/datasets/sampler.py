@@ -9,6 +9,8 @@ from typing import Literal, get_args
 import numpy as np
 from torch.utils.data import Sampler
 
+from covft.datasets.packing import balanced_bins
+
 Group = Literal["none", "length", "modality_length"]
 
 
@@ -23,7 +25,7 @@ class StepBatchSampler(Sampler[list[int]]):
     Args:
         lengths: Every sample's length, about.
         has_image: Every sample's modality; only ``modality_length`` reads it.
-        batch_size: Samples of a micro-batch.
+        batch_size: Samples of a micro-batch; with ``costs``, on average.
         accumulation: Micro-batches of a step, per rank.
         rank: This process.
         world_size: All processes.
@@ -32,6 +34,9 @@ class StepBatchSampler(Sampler[list[int]]):
         group: ``length``: a step's samples are random, its micro-batches hold similar lengths.
             ``modality_length``: also, a step holds only samples with images or only samples
             without, except for what is left over in an epoch (LLaVA-1.5's instruction tuning).
+        costs: What every sample costs: a step's samples, which are the same, are then packed into
+            micro-batches of about equal cost instead of equal size. Of a micro-batch's ranks, costs
+            are closest; the dearest micro-batch comes first. None packs nothing.
 
     Attributes:
         start_step: The step at which the next iteration begins.
@@ -42,9 +47,9 @@ class StepBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         *,
-        has_image: Sequence[bool] | None = None,
+        has_image: Sequence[bool] | np.ndarray | None = None,
         batch_size: int,
         accumulation: int = 1,
         rank: int = 0,
@@ -52,6 +57,7 @@ class StepBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         shuffle: bool = True,
         group: Group = "none",
+        costs: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         for name, value in (
             ("batch_size", batch_size),
@@ -71,6 +77,12 @@ class StepBatchSampler(Sampler[list[int]]):
                 f"group='modality_length' needs has_image of every sample: {len(lengths)} lengths, "
                 f"has_image of {found}"
             )
+        if costs is not None and group == "length":
+            raise ValueError(
+                "group='length' has no effect on packed micro-batches, whose costs are balanced"
+            )
+        if costs is not None and len(costs) != len(lengths):
+            raise ValueError(f"{len(lengths)} lengths, but costs of {len(costs)} samples")
         self.batch_size = batch_size
         self.accumulation = accumulation
         self.rank = rank
@@ -83,6 +95,7 @@ class StepBatchSampler(Sampler[list[int]]):
         self._has_image = np.asarray(
             has_image if group == "modality_length" else np.zeros(len(lengths)), dtype=bool
         )
+        self._costs = None if costs is None else np.asarray(costs, dtype=np.float64)
         self._epoch: tuple[int, np.ndarray] | None = None
 
     @property
@@ -98,11 +111,17 @@ class StepBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         step = self.start_step
         while True:
-            indices = self.step(step)
-            for micro in range(self.accumulation):
-                start = (micro * self.world_size + self.rank) * self.batch_size
-                yield indices[start : start + self.batch_size]
+            yield from self.micro_batches(step)[self.rank :: self.world_size]
             step += 1
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """Return a step's micro-batches: the first of every rank, then the second of each, ..."""
+        indices = self.step(step)
+        if self._costs is None:
+            starts = range(0, self.step_size, self.batch_size)
+            return [indices[start : start + self.batch_size] for start in starts]
+        bins = balanced_bins(self._costs[indices], self.accumulation * self.world_size)
+        return [[indices[position] for position in members] for members in bins]
 
     def step(self, step: int) -> list[int]:
         """Return the samples of a step, of all micro-batches and ranks, in their order."""

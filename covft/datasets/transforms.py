@@ -7,6 +7,8 @@ evaluated with; other libraries' differ by several grey levels.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -26,9 +28,28 @@ def load_image(path: str | Path) -> Image.Image:
     Raises:
         ValueError: If the file is missing, truncated or no image; names the path.
     """
-    try:
-        with Image.open(path) as image:
+    with _explained(path), Image.open(path) as image:
+        if image.mode != "RGB":
             return image.convert("RGB")
+        image.load()
+        # Converting would copy the pixels once more.
+        return image
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return an image file's width and height in pixels, from its header.
+
+    Raises:
+        ValueError: As :func:`load_image`, for what the header tells.
+    """
+    with _explained(path), Image.open(path) as image:
+        return image.size
+
+
+@contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise ValueError(f"image not found: {path}") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
@@ -64,7 +85,8 @@ def transform(image: Image.Image, spec: ImageSpec, *, resize: str | None = None)
 
 def as_pixels(image: Image.Image) -> Tensor:
     """Return an RGB image's pixels, (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    # NumPy's transposing copy is faster than PyTorch's.
+    return torch.from_numpy(np.array(np.asarray(image).transpose(2, 0, 1), order="C"))
 
 
 def checked_resize(resize: str) -> str:
@@ -79,13 +101,22 @@ def checked_resize(resize: str) -> str:
 
 
 def _padded(image: Image.Image, spec: ImageSpec) -> Image.Image:
+    """Put an image into the middle of a square, which is still to be resized.
+
+    A wide image gets its final width already. PIL resizes widths first, then heights, so that the
+    square comes out the same, bit by bit; but rows of padding needn't be resized.
+    """
     width, height = image.size
     side = max(width, height)
+    canvas = (side, side)
+    if width > height:
+        canvas = (spec.image_size, side)
+        image = image.resize((spec.image_size, height), Image.Resampling.BICUBIC)
     # Truncated, not rounded, as in LLaVA's public preprocessing.
     red, green, blue = (int(value * 255) for value in spec.mean)
-    square = Image.new("RGB", (side, side), (red, green, blue))
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    padded = Image.new("RGB", canvas, (red, green, blue))
+    padded.paste(image, ((canvas[0] - image.width) // 2, (side - height) // 2))
+    return padded
 
 
 def _cropped(image: Image.Image, size: int) -> Image.Image:

@@ -69,16 +69,54 @@ def test_text_alone(spec, samples):
     assert batch["attention_mask"].all()
 
 
-def test_a_batch_without_any_good_sample(spec):
-    batch = Collator(spec)([BadSample("x", "gone"), BadSample("y", "gone")])
-    for name in ("input_ids", "labels", "attention_mask", "context_ids", "context_mask"):
-        assert len(batch[name]) == 0
-        assert batch[name].ndim == 2
-    assert batch["input_ids"].dtype == torch.long
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_batch_without_any_good_sample_is_one_token(spec, pack):
+    batch = Collator(spec, pack=pack)([BadSample("x", "gone"), BadSample("y", "gone")])
+    assert batch["input_ids"].tolist() == [[spec.tokenizer.pad_token_id]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX]]
+    if pack:
+        assert batch["position_ids"].tolist() == [[0]]
+        assert batch["cu_seqlens"].tolist() == [0, 1]
+    else:
+        assert batch["attention_mask"].tolist() == [[True]]
+    assert batch["context_ids"].shape == batch["context_mask"].shape == (1, 1)
+    assert batch["context_mask"].all()
+    assert batch["input_ids"].dtype == batch["context_ids"].dtype == torch.long
     assert batch["pixel_values"].shape == (0, 3, 8, 8)
+    assert batch["image_to_sample"].shape == (0,)
     assert batch["sample_ids"] == []
     assert [bad.id for bad in batch["bad_samples"]] == ["x", "y"]
-    assert (batch["labels"][:, 1:] != IGNORE_INDEX).sum() == 0
+
+
+def test_a_packed_batch(spec, samples):
+    padded, packed = Collator(spec)(samples), Collator(spec, pack=True)(samples)
+    good = [samples[0], samples[1], samples[3]]
+    lengths = [len(sample.input_ids) for sample in good]
+    assert packed["cu_seqlens"].tolist() == [0, lengths[0], sum(lengths[:2]), sum(lengths)]
+    assert packed["cu_seqlens"].dtype == torch.int32
+    assert "attention_mask" not in packed
+    rows = {name: packed[name][0].split(lengths) for name in ("input_ids", "labels")}
+    positions = packed["position_ids"][0].split(lengths)
+    for index, sample in enumerate(good):
+        assert rows["input_ids"][index].equal(sample.input_ids)
+        assert rows["labels"][index][0] == IGNORE_INDEX
+        assert rows["labels"][index][1:].equal(sample.labels[1:])
+        assert positions[index].tolist() == list(range(lengths[index]))
+    same = {"pixel_values", "image_to_sample", "context_ids", "context_mask"}
+    assert all(packed[name].equal(padded[name]) for name in same)
+    assert packed["sample_ids"] == padded["sample_ids"]
+    assert packed["bad_samples"] == padded["bad_samples"]
+    assert packed.keys() - padded.keys() == {"position_ids", "cu_seqlens"}
+    assert packed.keys() >= same
+
+
+def test_packing_ignores_first_labels_and_leaves_the_samples_alone(spec, samples):
+    learnt = [dataclasses.replace(samples[i], labels=samples[i].input_ids.clone()) for i in (1, 3)]
+    for several in (learnt, learnt[:1]):
+        labels = Collator(spec, pack=True)(several)["labels"][0]
+        firsts = [0, len(learnt[0].labels)][: len(several)]
+        assert (labels == IGNORE_INDEX).nonzero().flatten().tolist() == firsts
+    assert all((sample.labels != IGNORE_INDEX).all() for sample in learnt)
 
 
 def test_tokenizers_without_padding_pad_with_zero(spec, record):

@@ -1,5 +1,7 @@
 import json
+import os
 import pickle
+import time
 
 import pytest
 import torch
@@ -108,6 +110,35 @@ def test_raise_names_the_samples(spec, image_root, record):
         dataset[0]
 
 
+def old_file(tmp_path, record):
+    """A file of an hour ago: a clock as coarse as a file system's may not tell writes apart."""
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(record(name)) + "\n" for name in ("a", "b")))
+    os.utime(path, (time.time() - 3600,) * 2)
+    return path
+
+
+@pytest.mark.parametrize("on_bad", ["skip", "raise"])
+def test_a_file_touched_before_the_first_read_stops_the_run(spec, tmp_path, record, on_bad):
+    path = old_file(tmp_path, record)
+    dataset = InstructDataset(str(path), spec=spec, on_bad=on_bad)
+    path.touch()
+    for read in (dataset.__getitem__, dataset.record, dataset.exact_size):
+        with pytest.raises(RuntimeError, match=r"records.jsonl has changed since the run began"):
+            read(0)
+
+
+def test_a_file_written_over_after_the_first_read_stops_the_run(spec, tmp_path, record):
+    path = old_file(tmp_path, record)
+    dataset = InstructDataset(str(path), spec=spec)
+    assert dataset[0].id == "a"
+    text = path.read_text()
+    with path.open("r+") as file:  # in place: the same file, of the same size
+        file.write(text.replace("blue", "pink"))
+    with pytest.raises(RuntimeError, match=r"records.jsonl has changed since the run began"):
+        dataset[1]
+
+
 def test_no_usable_sample_is_an_error(spec, record):
     with pytest.raises(ValueError, match="none of 1 samples can be used: 'x'"):
         InstructDataset([record("x", texts=())], spec=spec)
@@ -124,8 +155,10 @@ def test_lengths_and_modalities(spec, record):
         record("cut", texts=("word " * 4000, "x")),
     ]
     dataset = InstructDataset(records, spec=spec, max_length=512)
-    assert dataset.lengths() == [51, 7, 11, 46, 512]
-    assert [dataset.has_image(i) for i in range(5)] == [False, True, True, False, False]
+    assert dataset.lengths().tolist() == [51, 7, 11, 46, 512]
+    assert dataset.sizes().squares.tolist() == [0, 1, 2, 0, 0]
+    assert dataset.has_images().tolist() == [False, True, True, False, False]
+    assert dataset.has_images().dtype == bool
 
 
 def test_ids_are_given_where_the_annotations_have_none(spec, record):

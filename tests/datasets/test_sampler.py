@@ -173,3 +173,56 @@ def test_steps_per_epoch():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         sampler_of(**arguments)
+
+
+def packed_ranks(steps=10, *, world_size=2, group="none", **arguments):
+    shared = {"accumulation": 2, "world_size": world_size, "costs": LENGTHS, "group": group}
+    return [
+        take(sampler_of(rank=rank, **shared, **arguments), 2 * steps) for rank in range(world_size)
+    ]
+
+
+@pytest.mark.parametrize("group", ["none", "modality_length"])
+def test_packed_steps_hold_the_samples_of_unpacked_ones(group):
+    plain = sampler_of(accumulation=2, world_size=2, group=group)
+    ranks = packed_ranks(group=group)
+    for step in range(10):
+        packed = [
+            i for batches in ranks for batch in batches[2 * step : 2 * step + 2] for i in batch
+        ]
+        assert sorted(packed) == sorted(plain.step(step))
+    assert all(batch for batches in ranks for batch in batches)
+    assert {len(batch) for batches in ranks for batch in batches} > {4}
+
+
+def test_packed_ranks_have_about_the_same_to_do_at_the_same_time():
+    loads = np.array(
+        [[sum(LENGTHS[i] for i in batch) for batch in batches] for batches in packed_ranks()]
+    )
+    assert (loads.max(0) / loads.mean(0)).mean() < 1.02
+    assert (loads[:, ::2].max(0) >= loads[:, 1::2].max(0)).all()  # the dearest comes first
+    plain = np.array(
+        [
+            [
+                sum(LENGTHS[i] for i in batch)
+                for batch in take(sampler_of(accumulation=2, world_size=2, rank=rank), 20)
+            ]
+            for rank in range(2)
+        ]
+    )
+    assert (plain.max(0) / plain.mean(0)).mean() > 1.1
+
+
+def test_a_packed_run_can_begin_at_any_step():
+    whole = packed_ranks(20, world_size=1)[0]
+    for start in (1, 7, 13):
+        resumed = sampler_of(accumulation=2, costs=LENGTHS)
+        resumed.start_step = start
+        assert take(resumed, 40 - 2 * start) == whole[2 * start :]
+
+
+def test_packing_settings_that_do_not_fit():
+    with pytest.raises(ValueError, match="group='length' has no effect"):
+        sampler_of(group="length", costs=LENGTHS)
+    with pytest.raises(ValueError, match="103 lengths, but costs of 1 samples"):
+        sampler_of(costs=[1])

@@ -5,6 +5,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from covft.datasets import load_image, transform
+from covft.datasets.transforms import image_size
 from covft.models.vision.image_spec import CLIP_MEAN, CLIP_STD, ImageSpec
 
 SIZES = [(40, 40), (77, 50), (50, 77), (20, 31), (33, 90), (101, 34), (7, 5)]
@@ -104,3 +105,23 @@ def test_huge_images_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"too large: .*huge.png"):
         load_image(tmp_path / "huge.png")
+
+
+@pytest.mark.parametrize("size", [*SIZES, (33, 20), (640, 480), (480, 640), (34, 1), (1, 34)])
+def test_padding_after_the_width_is_resized_changes_no_pixel(size):
+    image = noise(*size)
+    width, height = size
+    side = max(size)
+    square = Image.new("RGB", (side, side), (122, 116, 104))
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    expected = np.array(square.resize((33, 33), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert (transform(image, spec_of("pad")).numpy() == expected).all()
+
+
+def test_an_images_size_is_read_from_its_header(image_root):
+    assert image_size(image_root / "a.png") == (16, 12)
+    whole = (image_root / "c.jpg").read_bytes()
+    (image_root / "cut.jpg").write_bytes(whole[:-20])
+    assert image_size(image_root / "cut.jpg") == (16, 12)
+    with pytest.raises(ValueError, match=r"not found: .*none.png"):
+        image_size(image_root / "none.png")
