@@ -28,17 +28,29 @@ def abstract_model(model_cfg: Mapping[str, Any]) -> MLLM:
         UnknownArchitectureError: If only files know a part's architecture.
         ValueError: If the config doesn't make a model.
     """
-    cfg = dict(model_cfg)
+    cfg = without_files(model_cfg)
     # Packed weights would hide the shapes, and need a package of their own.
-    llm = {key: value for key, value in cfg["llm"].items() if key != "quantization"}
-    cfg["llm"] = _without_files(llm, LLMS)
+    cfg["llm"].pop("quantization", None)
+    with torch.device("meta"):
+        model: MLLM = MODELS.build(cfg)
+    return model
+
+
+def without_files(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``model`` of a config that builds the same architecture with random weights.
+
+    Nothing is read or downloaded then; without its tokenizers the model can't be fed with text.
+
+    Raises:
+        UnknownArchitectureError: If only files know a part's architecture.
+    """
+    cfg = dict(model_cfg)
+    cfg["llm"] = _without_files(cfg["llm"], LLMS)
     cfg["vision"] = dict(cfg["vision"])
     cfg["vision"]["backbone"] = _without_files(cfg["vision"]["backbone"], VISION_BACKBONES)
     if cfg.get("text_encoder"):
         cfg["text_encoder"] = _without_files(cfg["text_encoder"], TEXT_ENCODERS)
-    with torch.device("meta"):
-        model: MLLM = MODELS.build(cfg)
-    return model
+    return cfg
 
 
 def parameter_counts(model: MLLM) -> dict[str, int]:

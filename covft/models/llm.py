@@ -17,7 +17,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from covft.models.checkpointing import CheckpointingPolicy, Setting
 from covft.models.hub_variants import HubVariant, find_origin
 from covft.models.llm_adapters import (
     adapt_linears,
@@ -26,6 +28,8 @@ from covft.models.llm_adapters import (
     quantize_linears,
 )
 from covft.models.llm_files import load_llm, read_llm_config
+from covft.models.lm_loss import as_output_layer, supervised_loss
+from covft.models.packed_attention import packed_arguments, set_attention
 from covft.registry import LLMS
 from covft.weights import resolve, resolve_tokenizer
 
@@ -46,11 +50,18 @@ class CausalLM(nn.Module):
         freeze_embeddings: Leave the token embeddings, and an output layer tied to them, alone:
             in a small model they are a large part of each optimizer step, and change little.
         dtype: Parameter type, a torch name such as "float32" or "bfloat16".
-        checkpointing: Recompute each layer's activations in the backward pass.
+        checkpointing: Which layers recompute their activations in the backward pass: False, True,
+            "selective", a share, or a budget, see :mod:`covft.models.checkpointing`.
         lora: ``dict(rank=128, alpha=256, dropout=0.05, target=None)`` trains low-rank updates of
             the linear layers instead of the weights, see :mod:`covft.models.llm_adapters`.
         quantization: "nf4" keeps the linear layers' frozen weights in 4 bits (QLoRA); it needs
             bitsandbytes, and ``lora`` or ``freeze``. ``dtype`` is then that of the rest.
+        attention: The kernel of the layers' attention: "auto", "varlen" (PyTorch's variable-length
+            FlashAttention, for packed rows on GPUs in 16 bits), "flash_attention_2" (the package
+            flash-attn) or "sdpa", see :mod:`covft.models.packed_attention`.
+
+    Attributes:
+        packing_obstacle: Why this LLM can't take packed rows; None if it can.
 
     Raises:
         ValueError: If ``weights`` and ``arch`` don't make a model, the model changes its logits
@@ -92,9 +103,10 @@ class CausalLM(nn.Module):
         freeze: bool = False,
         freeze_embeddings: bool = False,
         dtype: str = "float32",
-        checkpointing: bool = False,
+        checkpointing: Setting = False,
         lora: Mapping[str, Any] | None = None,
         quantization: str | None = None,
+        attention: str = "auto",
     ) -> None:
         super().__init__()
         low_rank = checked_options(
@@ -123,6 +135,8 @@ class CausalLM(nn.Module):
         # Without one of its own, generation is greedy, whatever a model's authors recommend.
         self.model.generation_config = GenerationConfig()
         _check_plain_logits(self.model.config)
+        self.packing_obstacle = set_attention(self.model, attention)
+        as_output_layer(self.model.get_output_embeddings())
         if quantization is not None:
             quantize_linears(self.model)
         self.requires_grad_(not freeze and low_rank is None)
@@ -131,29 +145,81 @@ class CausalLM(nn.Module):
         if freeze_embeddings:
             self.model.get_input_embeddings().requires_grad_(False)
         self.checkpointing = checkpointing
-        if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
     def hidden_dim(self) -> int:
         """Width H of the embeddings."""
         return self.model.get_input_embeddings().weight.shape[1]
 
+    @property
+    def checkpointing(self) -> Setting:
+        """The policy, as a config has it; False and True stand for "none" and "full"."""
+        return self._checkpointing.setting
+
+    @checkpointing.setter
+    def checkpointing(self, setting: Setting) -> None:
+        self._checkpointing = CheckpointingPolicy(setting, where="model.llm.checkpointing")
+        if self._checkpointing and not self.layers:
+            raise ValueError(
+                f"transformers' {self.model.config.model_type} has no layers that can recompute "
+                "their activations; set model.llm.checkpointing=False"
+            )
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The decoder's layers, in their order."""
+        parts = self.model.get_decoder().modules()
+        return [part for part in parts if isinstance(part, GradientCheckpointingLayer)]
+
     def embed(self, input_ids: Tensor) -> Tensor:
         """Look up token embeddings, (B, T) to (B, T, H)."""
         return self.model.get_input_embeddings()(input_ids)
 
-    def hidden_states(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return the last layer's normalised states, (B, T, H)."""
+    def hidden_states(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Return the last layer's normalised states, (B, T, H).
+
+        Args:
+            inputs_embeds: Of a padded batch, (B, T, H), or a packed row, (1, T, H).
+            attention_mask: True at real positions of a padded batch, (B, T).
+            position_ids: Positions in a packed row, (1, T); by default counted in each sample.
+            cu_seqlens: Where the samples of a packed row begin and the last one ends, (S + 1,).
+
+        Raises:
+            ValueError: If this LLM can't take packed rows.
+        """
+        if cu_seqlens is None:
+            arguments: dict[str, Any] = {"attention_mask": attention_mask}
+        elif self.packing_obstacle is None:
+            arguments = packed_arguments(self.model, cu_seqlens, position_ids)
+        else:
+            raise ValueError(
+                f"packed rows need another LLM: {self.packing_obstacle}; set "
+                "train_dataloader.pack=False"
+            )
         decoder = self.model.get_decoder()
-        output = decoder(
-            inputs_embeds=inputs_embeds, attention_mask=attention_mask, use_cache=False
-        )
+        with self._checkpointing.applied_to_transformers(self.layers, inputs_embeds):
+            output = decoder(inputs_embeds=inputs_embeds, use_cache=False, **arguments)
         return output.last_hidden_state
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Return vocabulary logits of any leading shape, (…, H) to (…, V)."""
         return self.model.get_output_embeddings()(hidden_states)
+
+    def loss_sum(self, hidden_states: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross-entropy summed over N supervised positions, a scalar in nats.
+
+        Args:
+            hidden_states: Those positions' states, (N, H); N may be 0.
+            targets: Their next tokens, (N,).
+        """
+        return supervised_loss(self.model.get_output_embeddings(), hidden_states, targets)
 
     def merged_state_dict(self) -> dict[str, Tensor]:
         """Return plain weights under transformers' names, on the CPU, for export.

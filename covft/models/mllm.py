@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from covft.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
+from covft.models.eager import running_eagerly
 from covft.models.llm import CausalLM
+from covft.models.packed_attention import check_bounds
 from covft.models.projectors import Projector
 from covft.models.text_encoder import Context, FrozenTextEncoder, build_text_encoder
 from covft.models.vision.auxiliary_loss import collect_losses
@@ -51,6 +53,10 @@ class MLLM(nn.Module):
         llm: An LLM's config.
         text_encoder: The context encoder's config; built only if the VFT method reads context.
         template: Conversation template, by name or config; by default the LLM's.
+        dtype: Parameter type of all parts, frozen ones too, a torch name such as "bfloat16"; an
+            LLM's own ``dtype`` goes before it. None leaves each part as it is built: in float32,
+            unless it says otherwise. What trains in 16 bits needs an optimizer that keeps small
+            updates, see :mod:`covft.engine.bf16_adamw`; pixels are normalised in float32 anyway.
     """
 
     def __init__(
@@ -61,8 +67,12 @@ class MLLM(nn.Module):
         llm: Mapping[str, Any],
         text_encoder: Mapping[str, Any] | None = None,
         template: str | Mapping[str, Any] | None = None,
+        dtype: str | None = None,
     ) -> None:
         super().__init__()
+        parameter_type = _checked_dtype(dtype)
+        if dtype is not None:
+            llm = {"dtype": dtype, **llm}
         check_arguments(VisionTower, {"vft": None, **vision}, where="model.vision")
         for name in ("in_dim", "out_dim", "num_tokens"):
             if name in projector:
@@ -87,6 +97,9 @@ class MLLM(nn.Module):
         }
         self.projector: Projector = PROJECTORS.build({**projector, **dims})
         self.template = template or self.llm.template
+        for part in (self.vision, self.projector, self.text_encoder):
+            if part is not None and parameter_type is not None:
+                part.to(parameter_type)
 
     @property
     def num_image_tokens(self) -> int:
@@ -120,41 +133,55 @@ class MLLM(nn.Module):
         *,
         input_ids: Tensor,
         labels: Tensor,
-        attention_mask: Tensor,
         pixel_values: Tensor,
         image_to_sample: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         context_ids: Tensor | None = None,
         context_mask: Tensor | None = None,
         sample_ids: Sequence[str] = (),
     ) -> LossOutput:
-        """Return the loss of a right-padded batch.
+        """Return the loss of a right-padded batch, or of B samples packed in one row of T tokens.
 
         Args:
-            input_ids: Token ids with :data:`IMAGE_TOKEN_ID` at visual tokens, (B, T).
-            labels: Token ids at supervised positions, ``IGNORE_INDEX`` elsewhere, (B, T).
-            attention_mask: True at real positions, (B, T).
+            input_ids: Token ids with :data:`IMAGE_TOKEN_ID` at visual tokens, (B, T); packed
+                (1, T).
+            labels: Token ids at supervised positions, ``IGNORE_INDEX`` elsewhere, like input_ids.
             pixel_values: All images of the batch, or their tiles, uint8, (I, 3, S, S).
             image_to_sample: The sample each row of them belongs to, ascending, (I,).
+            attention_mask: Padded batches only: True at real positions, (B, T).
+            position_ids: Packed rows only: each token's position in its sample, (1, T); by default
+                counted from 0.
+            cu_seqlens: Packed rows only: where each sample begins and the last one ends, (B + 1,)
+                int32.
             context_ids: Text encoder's ids of each sample's instruction, (B, L).
             context_mask: True at real context tokens, (B, L).
             sample_ids: Names of the samples, for error messages.
 
         Raises:
-            ValueError: If images and placeholders of a sample don't agree in number.
+            ValueError: If images and placeholders of a sample don't agree in number, the bounds of
+                a packed row aren't such, or the batch is neither or both padded and packed.
         """
+        _check_form(input_ids, labels, attention_mask, position_ids, cu_seqlens)
         with collect_losses(self.vision) as auxiliary:
             embeds = self.embeddings(
-                input_ids, pixel_values, image_to_sample, context_ids, context_mask, sample_ids
+                input_ids,
+                pixel_values,
+                image_to_sample,
+                context_ids,
+                context_mask,
+                sample_ids,
+                cu_seqlens=cu_seqlens,
             )
-        states = self.llm.hidden_states(embeds, attention_mask)
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE_INDEX
-        logits = self.llm.logits(states[:, :-1][supervised])
-        if logits.dtype in (torch.bfloat16, torch.float16):
-            logits = logits.float()
-        loss = F.cross_entropy(logits, targets[supervised], reduction="sum")
+        states = self.llm.hidden_states(
+            embeds, attention_mask, position_ids=position_ids, cu_seqlens=cu_seqlens
+        )
+        supervised = labels[:, 1:] != IGNORE_INDEX
+        targets = labels[:, 1:][supervised]
+        loss = self.llm.loss_sum(states[:, :-1][supervised], targets)
         extra = torch.stack(auxiliary).sum() if auxiliary else None
-        return LossOutput(loss, int(supervised.sum()), extra)
+        return LossOutput(loss, len(targets), extra)
 
     def embeddings(
         self,
@@ -166,13 +193,18 @@ class MLLM(nn.Module):
         sample_ids: Sequence[str] = (),
         feature_cache: FeatureCache | None = None,
         visual_tokens: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Return the LLM's inputs, text and visual tokens merged, (B, T, H), see ``generate``."""
+        """Return the LLM's inputs, text and visual tokens merged, like ``input_ids`` and (…, H).
+
+        Arguments are those of :meth:`forward` and :meth:`generate`.
+        """
         if len(pixel_values) != len(image_to_sample):
             raise ValueError(
                 f"{len(pixel_values)} images, but image_to_sample names {len(image_to_sample)}"
             )
-        self._check_counts(input_ids, image_to_sample, sample_ids)
+        self._check_counts(input_ids, image_to_sample, sample_ids, cu_seqlens)
         tokens = visual_tokens
         if tokens is None:
             tokens = self.visual_tokens(
@@ -257,21 +289,31 @@ class MLLM(nn.Module):
         stops = generation.pop("eos_token_id", None)
         stops = [stops] if isinstance(stops, int) else list(stops or [])
         options = {"do_sample": False, "num_beams": 1, **generation}
-        new_ids = self.llm.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask.gather(1, order).long(),
-            eos_token_id=stops or None,
-            pad_token_id=stops[0] if stops else 0,
-            **options,
-        )
+        with running_eagerly():
+            new_ids = self.llm.model.generate(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask.gather(1, order).long(),
+                eos_token_id=stops or None,
+                pad_token_id=stops[0] if stops else 0,
+                **options,
+            )
         return [_until_stop(row, stops) for row in new_ids.tolist()]
 
     def _check_counts(
-        self, input_ids: Tensor, image_to_sample: Tensor, sample_ids: Sequence[str]
+        self,
+        input_ids: Tensor,
+        image_to_sample: Tensor,
+        sample_ids: Sequence[str],
+        cu_seqlens: Tensor | None,
     ) -> None:
         per_image = self.num_image_tokens
-        found = (input_ids == IMAGE_TOKEN_ID).sum(1)
-        images = torch.bincount(image_to_sample, minlength=len(input_ids))
+        found = _placeholders(input_ids, cu_seqlens)
+        images = torch.bincount(image_to_sample, minlength=len(found))
+        if len(images) > len(found):
+            raise ValueError(
+                f"image_to_sample names sample {len(images) - 1}, but the batch holds "
+                f"{len(found)} samples"
+            )
         wrong = (found != images * per_image).nonzero().flatten().tolist()
         if wrong:
             row = wrong[0]
@@ -281,6 +323,44 @@ class MLLM(nn.Module):
                 f"(expected {int(images[row])} x {per_image}, a tile being an image); check that "
                 "the dataset was built with this model's InputSpec"
             )
+
+
+def _placeholders(input_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return how many visual tokens each sample has a place for, (B,)."""
+    is_image = input_ids == IMAGE_TOKEN_ID
+    if cu_seqlens is None:
+        return is_image.sum(1)
+    before = F.pad(is_image[0].cumsum(0), (1, 0))
+    return before[cu_seqlens[1:]] - before[cu_seqlens[:-1]]
+
+
+def _check_form(
+    input_ids: Tensor,
+    labels: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Check that a batch is either padded or packed, and is it rightly."""
+    if (attention_mask is None) == (cu_seqlens is None):
+        found = "neither" if cu_seqlens is None else "both"
+        raise ValueError(
+            "a batch has an attention_mask (padded) or cu_seqlens (packed), this one has "
+            f"{found}; collate it with Collator(spec) or Collator(spec, pack=True)"
+        )
+    if cu_seqlens is not None:
+        check_bounds(cu_seqlens, input_ids, labels)
+    elif position_ids is not None:
+        raise ValueError("position_ids are a packed row's, but the batch is padded; leave them out")
+
+
+def _checked_dtype(dtype: str | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    known = ("float32", "bfloat16", "float64")
+    if dtype not in known:
+        raise ValueError(f"model.dtype must be one of {', '.join(known)}, got {dtype!r}")
+    return getattr(torch, dtype)
 
 
 def _until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:

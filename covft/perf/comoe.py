@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from covft.models.checkpointing import saved_bytes
 from covft.models.text_encoder import Context
 from covft.models.vision.vit import MLP, ViTConfig, activation
-from covft.perf.timing import conditions, interleaved_medians, num_threads, saved_bytes
+from covft.perf.timing import conditions, interleaved_medians, num_threads
 from covft.vft.comoe import CoMoE, InferenceRouting
 
 #: CLIP's activation, in experts and residual blocks alike.

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timings, memory kept for backward, stated conditions."""
+"""What the benchmarks share: interleaved timings, stated conditions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from covft import __version__
 
@@ -42,45 +40,19 @@ def interleaved_medians(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for counted in range(-1, rounds):
         for name, run in runs.items():
-            _synchronise(device)
+            synchronise(device)
             start = time.perf_counter()
             run()
-            _synchronise(device)
+            synchronise(device)
             if counted >= 0:
                 seconds[name].append(time.perf_counter() - start)
     return {name: median(values) for name, values in seconds.items()}
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
+    """Let the host wait for what the device has been given to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def saved_bytes(forward: Callable[[], object], *, excluded: Iterable[Tensor] = ()) -> int:
-    """Return how many bytes a forward pass keeps for the backward pass.
-
-    Counted is the whole storage of every tensor that autograd saves, each storage once, whoever
-    else holds it: inputs of ``forward`` and views count like any other. Not counted is what a
-    saved tensor's graph holds by other means, such as the gradient buffers.
-
-    Args:
-        forward: Runs the forward pass and returns its result.
-        excluded: Tensors whose storages aren't counted, such as parameters.
-    """
-    ignored = {tensor.untyped_storage().data_ptr() for tensor in excluded}
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in ignored:
-            storages[storage.data_ptr()] = storage  # held, so that no other takes its address
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()
-    total = sum(storage.nbytes() for storage in storages.values())
-    del result
-    return total
 
 
 @contextmanager

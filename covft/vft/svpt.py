@@ -136,7 +136,7 @@ class ConnectedBlock(PromptedBlock):
             nn.init.zeros_(self.gate.bias)
         self.gamma = nn.Parameter(self.prompts.new_zeros(1))
 
-    def forward(self, x: Tensor, context: Any, rope: Rope | None = None) -> Tensor:
+    def run(self, x: Tensor, context: Any, rope: Rope | None = None) -> Tensor:
         """Connect the prompts, run the block, and enhance the salient patches.
 
         Args:

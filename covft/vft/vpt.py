@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from covft.models.checkpointing import CheckpointedBlock
 from covft.models.vision.tower import VisionTower
 from covft.models.vision.vit import Block, Rope, ViTConfig
 from covft.registry import VFT
@@ -78,7 +79,7 @@ class VPT(VFTMethod):
             )
 
 
-class PromptedBlock(nn.Module):
+class PromptedBlock(CheckpointedBlock):
     """A block that reads prompts beside its tokens.
 
     Args:
@@ -104,7 +105,7 @@ class PromptedBlock(nn.Module):
         else:
             nn.init.normal_(self.prompts)
 
-    def forward(self, x: Tensor, context: Any, rope: Rope | None = None) -> Tensor:
+    def run(self, x: Tensor, context: Any, rope: Rope | None = None) -> Tensor:
         """Run the block on the tokens and the prompts, and drop the prompts' outputs.
 
         Args:

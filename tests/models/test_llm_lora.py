@@ -249,7 +249,7 @@ def test_nf4_keeps_frozen_weights_in_four_bits():
         assert layer.weight.dtype == torch.uint8 and layer.compute_dtype == torch.bfloat16
         assert layer.weight.numel() * 2 == layer.in_features * layer.out_features
         assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
-    assert type(model.model.lm_head) is nn.Linear
+    assert not isinstance(model.model.lm_head, bitsandbytes.nn.Linear4bit)
     assert model.model.lm_head.weight.dtype == torch.bfloat16
     assert trainable_state_dict(model) == {}
     assert not any(p.requires_grad for p in model.parameters())

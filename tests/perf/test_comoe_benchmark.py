@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from covft.models.checkpointing import saved_bytes
 from covft.perf import comoe
 from covft.perf.comoe import Settings, measure, table
 from covft.perf.timing import (
@@ -15,7 +16,6 @@ from covft.perf.timing import (
     json_line,
     num_threads,
     reuse_memory,
-    saved_bytes,
 )
 
 TINY = ["--batch", "1", "2", "--rounds", "1", "--dim", "32", "--tokens", "9", "--context-dim", "24"]

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from covft.perf.timing import saved_bytes
+from covft.models.checkpointing import saved_bytes
 from covft.vft.cve import CVE
 
 WIDTH, CONTEXT = 16, 12

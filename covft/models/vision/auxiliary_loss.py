@@ -38,3 +38,17 @@ def collect_losses(root: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for module in modules:
             module._collected = None
+
+
+@contextmanager
+def collecting_paused(root: nn.Module) -> Iterator[None]:
+    """Let the modules under ``root`` run without adding to the loss."""
+    modules = [module for module in root.modules() if isinstance(module, AuxiliaryLossModule)]
+    collected = [module._collected for module in modules]
+    for module in modules:
+        module._collected = None
+    try:
+        yield
+    finally:
+        for module, losses in zip(modules, collected, strict=True):
+            module._collected = losses

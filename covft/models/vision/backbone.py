@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from covft.models.checkpointing import Setting
 from covft.models.vision.image_spec import ImageSpec, Resize
 from covft.models.vision.layout import CheckpointLayout
 from covft.models.vision.pretrained import locate, read_config, read_tensors
@@ -41,7 +42,8 @@ class VisionBackbone(ViT):
             loading.
         grid: Patches per side instead of ``image_size``: the same number of tokens, whatever the
             family's patch size.
-        checkpointing: Recompute blocks in the backward pass.
+        checkpointing: Which blocks recompute their activations in the backward pass: False, True,
+            "selective", a share, or a budget, see :mod:`covft.models.checkpointing`.
         drop_path: DropPath rate of the last block; default 0, whatever the weights were trained
             with.
         final_norm: Apply the last LayerNorm; only where the last block is read.
@@ -70,7 +72,7 @@ class VisionBackbone(ViT):
         weights: str | None = None,
         image_size: int | None = None,
         grid: int | None = None,
-        checkpointing: bool = False,
+        checkpointing: Setting = False,
         drop_path: float | None = None,
         final_norm: bool = False,
     ) -> None:

@@ -10,15 +10,15 @@ Shapes: I images, N patch tokens, P prefix tokens (CLS, then registers), T = P +
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from covft.models.checkpointing import RUN, CheckpointedBlock, CheckpointingPolicy, Mode, Setting
 from covft.models.vision.rope import rope_tables, rotate_patches
 from covft.registry import nearest
 
@@ -221,14 +221,16 @@ class DropPath(nn.Module):
         if not self.training:
             return x
         keep = 1 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1).bernoulli_(keep) / keep
+        # Arithmetic instead of bernoulli_(keep), which torch.compile would compile for each rate.
+        kept = (torch.rand(x.shape[0], 1, 1, device=x.device) + keep).floor()
+        return x * (kept / keep).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Show the rate in the printed model."""
         return f"rate={self.rate:.3f}"
 
 
-class Block(nn.Module):
+class Block(CheckpointedBlock):
     """A pre-norm transformer block."""
 
     def __init__(self, config: ViTConfig, *, drop_path: float = 0.0) -> None:
@@ -242,7 +244,7 @@ class Block(nn.Module):
         self.ls2 = _layer_scale(config)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor, context: Any, rope: Rope | None = None) -> Tensor:
+    def run(self, x: Tensor, context: Any, rope: Rope | None = None) -> Tensor:
         """Add the attention's and then the MLP's branch to the tokens.
 
         Args:
@@ -255,6 +257,32 @@ class Block(nn.Module):
         """
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), context, rope)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x), context)))
+
+
+def _run(
+    blocks: Sequence[nn.Module],
+    modes: Sequence[Mode] | None,
+    x: Tensor,
+    context: Any,
+    rope: Rope | None,
+) -> Tensor:
+    """Run blocks, each in its mode of recomputation; None where there is no backward pass."""
+    for index, block in enumerate(blocks):
+        # Nothing is kept for a block without gradients, and compiled it couldn't recompute.
+        mode = modes[index] if modes is not None and _has_gradient(block, x) else None
+        if isinstance(block, CheckpointedBlock):
+            if modes is not None:
+                block.mode = mode
+            x = block(x, context, rope)
+        elif mode is not None:  # what a method of one's own has put in a block's place
+            x = RUN[mode](block, x, context, rope)
+        else:
+            x = block(x, context, rope)
+    return x
+
+
+def _has_gradient(block: nn.Module, x: Tensor) -> bool:
+    return x.requires_grad or any(p.requires_grad for p in block.parameters())
 
 
 def _layer_scale(config: ViTConfig) -> nn.Module:
@@ -272,7 +300,8 @@ class ViT(nn.Module):
             the last block's, -2 the next-to-last's. Blocks after it aren't built: their parameters
             would never get a gradient.
         final_norm: Apply the encoder's last LayerNorm to the output.
-        checkpointing: Recompute each block in the backward pass instead of keeping its activations.
+        checkpointing: Which blocks are computed again in the backward pass instead of keeping their
+            activations: one of the policies of :mod:`covft.models.checkpointing`.
 
     Raises:
         ValueError: If the layer doesn't exist, or ``final_norm`` is asked of another than the last.
@@ -284,7 +313,7 @@ class ViT(nn.Module):
         *,
         select_layer: int = -1,
         final_norm: bool = False,
-        checkpointing: bool = False,
+        checkpointing: Setting = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -318,6 +347,16 @@ class ViT(nn.Module):
         )
         self.final_norm = nn.LayerNorm(dim, eps=config.norm_eps) if final_norm else nn.Identity()
         self._init_weights()
+
+    @property
+    def checkpointing(self) -> Setting:
+        """The policy, as a config has it; False and True stand for "none" and "full"."""
+        return self._checkpointing.setting
+
+    @checkpointing.setter
+    def checkpointing(self, setting: Setting) -> None:
+        where = "model.vision.backbone.checkpointing"
+        self._checkpointing = CheckpointingPolicy(setting, where=where)
 
     @property
     def hidden_dim(self) -> int:
@@ -361,15 +400,11 @@ class ViT(nn.Module):
             Tokens, (I, T, D).
         """
         rope = self._rope(x.device)
-        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-        for block in list(self.blocks)[start:stop]:
-            if recompute:
-                x = checkpoint(
-                    block, x, context, rope, use_reentrant=False, preserve_rng_state=True
-                )
-            else:
-                x = block(x, context, rope)
-        return x
+        blocks = list(self.blocks)
+        if not (self.training and torch.is_grad_enabled()):
+            return _run(blocks[start:stop], None, x, context, rope)
+        with self._checkpointing.modes(blocks, x) as modes:
+            return _run(blocks[start:stop], modes[start:stop], x, context, rope)
 
     def output(self, x: Tensor) -> Tensor:
         """Return the patch tokens (I, N, D) of the last block's output (I, T, D), normed."""
