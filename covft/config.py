@@ -39,6 +39,8 @@ STAGE_KEYS = {
     "train_cfg": "run length and accumulation",
     "optim_wrapper": "optimizer, learning rates, precision, clipping",
     "param_scheduler": "the learning-rate curve",
+    "strategy": "the engine that shares the work among processes: ddp, fsdp2, zero2, zero3",
+    "compile": "torch.compile of the encoder's and the LLM's blocks: True, or dict(mode=..., ...)",
     "checkpoint": "how often checkpoints are written and how many are kept",
     "logging": "how often a line, and a sample with generations, is logged",
     "visualizer": "TensorBoard, wandb and other mmengine backends",
@@ -158,7 +160,7 @@ def stage_text(cfg: Config, *, seed: int) -> str:
         cfg: The stage, see :func:`stage_configs`.
         seed: The run's.
     """
-    unimportant = ("logging", "checkpoint", "visualizer")
+    unimportant = ("logging", "checkpoint", "visualizer", "strategy", "compile")
     kept = {key: value for key, value in cfg.to_dict().items() if key not in unimportant}
     return config_text(Config({**kept, "seed": seed}))
 

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Train on several GPUs of one or more nodes: tools/dist_train.sh CONFIG GPUS [options of tools/train.py]
-# For several nodes set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT on each.
+# Train in one process per GPU: tools/dist_train.sh CONFIG GPUS [options of tools/train.py]
+# Such an option is --strategy fsdp2 (or zero2, zero3); without it, every GPU holds the whole model.
+# For several nodes run it on each, with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
-    sed -n '2,3s/^# //p' "$0" >&2
+    sed -n '2,4s/^# //p' "$0" >&2
     exit 2
 fi
 config=$1
 gpus=$2
 shift 2
 
-exec torchrun \
+exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" --nproc_per_node="$gpus" \
     --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}" \
     "$(dirname "$0")/train.py" "$config" --launcher pytorch "$@"

@@ -29,7 +29,19 @@ def parse_args() -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="change config values, such as model.vision.backbone.type=SigLIP",
     )
-    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm"), default="none")
+    parser.add_argument(
+        "--launcher",
+        choices=("none", "pytorch", "slurm", "mpi"),
+        default="none",
+        help="what has started this process: torchrun (pytorch), srun or mpirun",
+    )
+    engine = parser.add_mutually_exclusive_group()
+    engine.add_argument(
+        "--strategy",
+        metavar="NAME",
+        help="ddp (the default of several processes), fsdp2, zero2, zero3",
+    )
+    engine.add_argument("--deepspeed", metavar="NAME", help="the same, as xtuner spells it")
     return parser.parse_args()
 
 
@@ -40,9 +52,16 @@ def main() -> None:
     work_dir = args.work_dir or Path(
         cfg.get("work_dir") or Path("runs") / find_config(args.config).stem
     )
+    from torch import distributed
+
+    from covft.engine.strategies import use_strategy
     from covft.engine.train import train
 
+    if args.strategy or args.deepspeed:
+        use_strategy(cfg, args.strategy or args.deepspeed)
     train(cfg, work_dir=work_dir, resume=args.resume, launcher=args.launcher)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Files that are either wholly there or not there at all, whenever the process is killed."""
+"""Files and folders that are wholly there or not at all, whenever the process is killed."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,11 +41,40 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def partial_folder(path: Path) -> Path:
+    """Return under which name a folder is written that several processes write together."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the files of a folder, and it itself, to the disk."""
+    for path in sorted(folder.rglob("*")):
+        _flush_to_disk(path)
+    _flush_to_disk(folder)
+
+
+def rename_folder(folder: Path, path: Path) -> None:
+    """Give a written and flushed folder its name, at which nothing may be."""
+    folder.replace(path)
+    _flush_to_disk(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill at any moment leaves it whole or without its name."""
+    partial = partial_folder(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    path.replace(partial)
+    shutil.rmtree(partial)
+
+
 def remove_partial_files(folder: Path) -> list[Path]:
     """Remove what killed writers left in ``folder``; the caller owns it alone by now."""
     leftovers = sorted(folder.glob(f".*{PARTIAL}"))
     for leftover in leftovers:
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
     return leftovers
 
 

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.runner import set_random_seed
 
 from covft.checkpoints.importing import import_checkpoint, is_public
+from covft.checkpoints.sharded import is_sharded
 from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
 from covft.config import CONFIG_NAME, load_config, stage_configs
 from covft.datasets.spec import InputSpec
@@ -88,8 +89,8 @@ def load_start(model: MLLM, stage: Config) -> None:
                 stacklevel=2,
             )
     else:
-        of_a_run = (path / WEIGHTS_NAME).is_file() or any(path.glob("iter_*.pth"))
-        if path.is_dir() and not of_a_run:
+        of_a_run = (path / WEIGHTS_NAME).is_file() or any(path.glob("iter_*"))
+        if path.is_dir() and not of_a_run and not is_sharded(path):
             open_tensors(path)  # says what a folder of weights has to hold
         load_weights(model, path)
 

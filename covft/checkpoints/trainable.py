@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from covft.checkpoints.atomic import atomic_write
+from covft.checkpoints.sharded import is_sharded, read_sharded_weights
 
 WEIGHTS_NAME = "weights.safetensors"
 #: How many names of each kind an error lists.
@@ -22,8 +23,10 @@ _SHOWN = 10
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside ``DistributedDataParallel``, or the model itself."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """Return the model inside an engine's wrapper, or the model itself."""
+    # DistributedDataParallel and DeepSpeed's engine both call it so.
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -55,8 +58,13 @@ def save_weights(model: nn.Module, path: Path, *, metadata: Mapping[str, str]) -
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in trainable_state_dict(model).items()
     }
+    save_tensors(tensors, path, metadata=metadata)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
+    """Write such a part of a model, of which no two tensors share memory."""
     header = {"format": "pt", **metadata}
-    atomic_write(path, lambda partial: save_file(tensors, partial, metadata=header))
+    atomic_write(path, lambda partial: save_file(dict(tensors), partial, metadata=header))
 
 
 def trained_config(path: Path) -> str:
@@ -78,17 +86,21 @@ def load_weights(model: nn.Module, path: str | Path) -> list[str]:
 
     Args:
         model: The model to change in place.
-        path: A safetensors file, a checkpoint, or the folder of a finished run.
+        path: A safetensors file, a checkpoint (one of FSDP2's shards too), or the folder of a
+            finished run.
 
     Returns:
         The names that were loaded.
 
     Raises:
         FileNotFoundError: If there is no such file, or the folder holds no finished run.
-        ValueError: If the file holds a name that the model doesn't, or another shape.
+        ValueError: If the file holds a name that the model doesn't, or another shape, or is an
+            engine's own.
     """
     file = _weights_file(Path(path))
-    if file.suffix == ".safetensors":
+    if is_sharded(file):
+        loaded = read_sharded_weights(file)
+    elif file.suffix == ".safetensors":
         loaded = load_file(file)
     else:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
@@ -117,6 +129,11 @@ def check_tied(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor], *, sourc
                 f"{source} holds different values for {other} and {name}, which the model shares; "
                 "build the model without sharing (such as vft.shared_cve), as the file's was"
             )
+
+
+def trainable_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of :func:`trainable_state_dict`."""
+    return {name: tuple(value.shape) for name, value in trainable_state_dict(model).items()}
 
 
 def copy_into(own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
@@ -162,12 +179,14 @@ def _listing(title: str, names: Iterable[str]) -> list[str]:
 
 
 def _weights_file(path: Path) -> Path:
+    if is_sharded(path):
+        return path
     if path.is_dir():
         path = path / WEIGHTS_NAME
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} doesn't exist: the run isn't finished. Name one of its checkpoints "
-                "(iter_*.pth) to start from it anyway."
+                "(iter_*) to start from it anyway."
             )
     if not path.is_file():
         raise FileNotFoundError(f"no weights at '{path}'")

@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, how they are found, written and pruned, and resuming from one.
+"""Checkpoints: what is in them, and resuming from one.
 
 A checkpoint holds what training changes (see :mod:`covft.checkpoints.trainable`), the optimizer,
 the schedule, the counters and the random generators of every process, all readable with
@@ -8,9 +8,7 @@ is not taken from it.
 
 from __future__ import annotations
 
-import re
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,122 +18,73 @@ from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.logging import HistoryBuffer, MessageHub
 
 import covft
-from covft.checkpoints.atomic import atomic_write, atomic_write_text
-from covft.checkpoints.trainable import (
-    check_same_parameters,
-    copy_into,
-    trainable_state_dict,
-    unwrapped,
-)
+from covft.checkpoints.sharded import SHARDS_NAME, is_sharded
+from covft.checkpoints.trainable import check_same_parameters
 from covft.config import changed_lines
+from covft.engine.checkpoint_files import FORMAT
 from covft.engine.random_state import capture_random_state
 
 if TYPE_CHECKING:
     from covft.engine.runner import Runner
 
-LAST_CHECKPOINT = "last_checkpoint"
-_NAME = re.compile(r"iter_(\d+)\.pth")
-_FORMAT = 1
+#: Options of optimizers, where they have them, that decide what their state holds.
+_STATE_OPTIONS = ("master", "moments", "amsgrad")
 
 
-def checkpoint_path(work_dir: Path, iteration: int) -> Path:
-    """Return where the checkpoint after ``iteration`` steps is kept."""
-    return work_dir / f"iter_{iteration}.pth"
+def collect_state(runner: Runner, iteration: int, *, sharded: bool) -> dict[str, Any]:
+    """Return the checkpoint after ``iteration`` steps; all processes take part.
 
-
-def find_checkpoints(work_dir: Path) -> list[Path]:
-    """Return the checkpoints in a folder, the newest (by steps) first."""
-    found = [path for path in work_dir.glob("iter_*.pth") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=iteration_of, reverse=True)
-
-
-def iteration_of(path: Path) -> int:
-    """Return after how many steps a checkpoint of :func:`find_checkpoints` was written."""
-    match = _NAME.fullmatch(path.name)
-    assert match, f"{path} isn't named like a checkpoint"
-    return int(match[1])
-
-
-def collect_state(runner: Runner, iteration: int) -> dict[str, Any]:
-    """Return the checkpoint after ``iteration`` steps; all processes take part."""
-    weights = trainable_state_dict(runner.model)
-    return {
-        "format": _FORMAT,
+    Args:
+        runner: The runner.
+        iteration: Finished steps.
+        sharded: Whether the engine writes weights and optimizer itself, in shards. Otherwise the
+            main process gets them whole.
+    """
+    state = {
+        "format": FORMAT,
         "meta": {
             "covft_version": covft.__version__,
             "iter": iteration,
             "max_iters": runner.max_iters,
             "world_size": get_world_size(),
+            "strategy": runner.strategy.name,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "config": runner.config_text,
-            "parameters": {name: list(value.shape) for name, value in weights.items()},
+            **_layout(runner),
         },
-        "state_dict": weights,
-        "optimizer": runner.optim_wrapper.optimizer.state_dict(),
         "param_schedulers": [scheduler.state_dict() for scheduler in runner.param_schedulers or ()],
         "message_hub": _plain_message_hub(runner.message_hub),
         "loop": runner.train_loop.state_dict(),
         "random_states": all_gather_object(capture_random_state()),
     }
-
-
-def write_checkpoint(state: Mapping[str, Any], work_dir: Path, *, max_keep: int) -> Path:
-    """Write a checkpoint; then, and only then, remove the oldest of more than ``max_keep``."""
-    path = checkpoint_path(work_dir, state["meta"]["iter"])
-    atomic_write(path, lambda partial: torch.save(dict(state), partial))
-    atomic_write_text(work_dir / LAST_CHECKPOINT, path.name)
-    for old in find_checkpoints(work_dir)[max_keep:]:
-        old.unlink(missing_ok=True)
-    return path
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint.
-
-    Raises:
-        FileNotFoundError: If it doesn't exist.
-        ValueError: If it is torn, or no checkpoint of this project.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at '{path}'")
-    try:
-        # torch.load doesn't look at the checksums that torch.save has written.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of its part '{damaged}' is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # torch raises RuntimeError, EOFError, UnpicklingError, ... depending on where a file is torn.
-    except Exception as error:
-        raise ValueError(f"checkpoint {path} can't be read: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no checkpoint of this version of covft (format {_FORMAT})")
+    if not sharded:
+        state["state_dict"] = runner.strategy.full_state()
+        state["optimizer"] = runner.strategy.full_optimizer_state()
     return state
 
 
-def newest_readable(paths: Sequence[Path], runner: Runner) -> tuple[Path, dict[str, Any]] | None:
-    """Return the first of ``paths`` that can be read, with its content; warn about the others."""
-    for path in paths:
-        try:
-            return path, read_checkpoint(path)
-        except ValueError as error:
-            runner.logger.warning(f"{error}; falling back to the checkpoint before it")
-    return None
-
-
 def restore_state(runner: Runner, state: Mapping[str, Any], *, source: Path) -> None:
-    """Bring a prepared runner to where a checkpoint was written.
+    """Bring a prepared runner to where a checkpoint was written; all processes take part.
 
     Raises:
         ValueError: If the model's trainable parameters, or how the optimizer groups them, differ
-            from the checkpoint's.
+            from the checkpoint's, or its kind, or the size of a step; or the checkpoint holds
+            another engine's shards.
     """
-    own = trainable_state_dict(runner.model)
-    saved_shapes = {name: value.shape for name, value in state["state_dict"].items()}
-    own_shapes = {name: value.shape for name, value in own.items()}
-    check_same_parameters(saved_shapes, own_shapes, source=str(source))
-    _restore_optimizer(runner, state["optimizer"], source)
-    copy_into(unwrapped(runner.model).state_dict(), state["state_dict"])
+    meta = state["meta"]
+    if is_sharded(source):
+        _check_strategy(meta, runner.strategy.name, source)
+    own = _layout(runner)
+    _check_layout(meta, own, source)
+    if meta["num_samples"] != own["num_samples"]:
+        runner.logger.warning(
+            f"{source} was written in a training on {meta['num_samples']} samples, now there are "
+            f"{own['num_samples']}: they come in another order than in an uninterrupted run"
+        )
+    if is_sharded(source):
+        runner.strategy.load_shards(source / SHARDS_NAME)
+    else:
+        runner.strategy.load_full_state(state["state_dict"], state["optimizer"])
     schedulers = runner.param_schedulers or ()
     if len(schedulers) != len(state["param_schedulers"]):
         raise ValueError(
@@ -146,7 +95,6 @@ def restore_state(runner: Runner, state: Mapping[str, Any], *, source: Path) -> 
     for scheduler, saved in zip(schedulers, state["param_schedulers"], strict=True):
         scheduler.load_state_dict(saved)
     _restore_message_hub(runner.message_hub, state["message_hub"])
-    meta = state["meta"]
     random_state = None
     if meta["world_size"] == get_world_size():
         random_state = state["random_states"][get_rank()]
@@ -159,22 +107,71 @@ def restore_state(runner: Runner, state: Mapping[str, Any], *, source: Path) -> 
     _report_config_changes(runner, meta["config"])
 
 
-def _restore_optimizer(runner: Runner, saved: Mapping[str, Any], source: Path) -> None:
-    optimizer = runner.optim_wrapper.optimizer
-    own_groups = optimizer.state_dict()["param_groups"]
-    own_layout = [(group["name"], group["param_names"]) for group in own_groups]
-    saved_layout = [(group["name"], group["param_names"]) for group in saved["param_groups"]]
-    if own_layout != saved_layout:
+def _check_layout(saved: Mapping[str, Any], own: Mapping[str, Any], source: Path) -> None:
+    """Refuse a checkpoint whose parameters, optimizer or size of a step are others."""
+    check_same_parameters(saved["parameters"], own["parameters"], source=str(source))
+    if saved["groups"] != own["groups"]:
         raise ValueError(
-            f"{source}: its optimizer has the groups {_summary(saved_layout)}, the config asks for "
-            f"{_summary(own_layout)}; resume with the same optim_wrapper.lr prefixes and the same "
-            "kind of weight decay, or start a new stage from the weights"
+            f"{source}: its optimizer has the groups {_summary(saved['groups'])}, the config asks "
+            f"for {_summary(own['groups'])}; resume with the same optim_wrapper.lr prefixes and "
+            "the same kind of weight decay, or start a new stage from the weights"
         )
-    # Only the moments are taken: learning rates, betas and decay are the config's.
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": own_groups})
+    if saved["optimizer_kind"] != own["optimizer_kind"]:
+        # The states of some have the same names, and would be taken for each other's numbers.
+        raise ValueError(
+            f"{source}: its optimizer is {_call(saved['optimizer_kind'])}, the config asks for "
+            f"{_call(own['optimizer_kind'])}, whose state is another; resume with the same "
+            "optim_wrapper.optimizer, or start a new stage from the weights (load_from)"
+        )
+    if saved["step_size"] != own["step_size"]:
+        raise ValueError(
+            f"{source} was written in a training with {saved['step_size']} samples per step, now "
+            f"there are {own['step_size']}: samples would be repeated or left out. Choose "
+            "train_dataloader.batch_size, train_cfg.accumulation and the number of processes such "
+            f"that their product is {saved['step_size']}"
+        )
 
 
-def _summary(layout: Sequence[tuple[str, Sequence[str]]]) -> str:
+def _layout(runner: Runner) -> dict[str, Any]:
+    """Return what a checkpoint and a run must have in common, whatever the engine."""
+    groups = runner.optim_wrapper.optimizer.param_groups
+    loader: Any = runner.train_dataloader
+    return {
+        "parameters": {name: list(shape) for name, shape in runner.trained_shapes.items()},
+        "groups": [[group["name"], list(group["param_names"])] for group in groups],
+        "optimizer_kind": _optimizer_kind(runner.optim_wrapper.optimizer),
+        "step_size": loader.batch_sampler.step_size,
+        "num_samples": len(loader.dataset),
+    }
+
+
+def _optimizer_kind(optimizer: Any) -> dict[str, Any]:
+    """Return an optimizer's class and those of its options that decide what its state holds."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer  # DeepSpeed's is one around torch's
+    options = {
+        name: getattr(optimizer, name, optimizer.defaults.get(name)) for name in _STATE_OPTIONS
+    }
+    present = {name: value for name, value in options.items() if value is not None}
+    return {"type": type(optimizer).__name__, **present}
+
+
+def _call(kind: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{name}={value!r}" for name, value in kind.items() if name != "type")
+    return f"{kind['type']}({options})"
+
+
+def _check_strategy(meta: Mapping[str, Any], own: str, source: Path) -> None:
+    if meta["strategy"] != own:
+        raise ValueError(
+            f"{source} holds shards of strategy '{meta['strategy']}', this run uses '{own}': "
+            f"resume with --strategy {meta['strategy']}. Whole checkpoints, which every strategy "
+            "of replicas or FSDP2 can resume, are written with checkpoint.sharded=False; the final "
+            "weights.safetensors can be loaded under all (load_from)"
+        )
+
+
+def _summary(layout: Sequence[Sequence[Any]]) -> str:
     return ", ".join(f"{name} ({len(names)} parameters)" for name, names in layout)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,7 +147,6 @@ class TrainLoop(BaseLoop):
         seconds = data_seconds + time.perf_counter() - started
         outputs["seconds"] = seconds
         outputs["data_seconds"] = data_seconds
-        outputs["tokens_per_second"] = outputs["tokens"] / seconds
         self._publish(outputs)
         self.runner.call_hook(
             "after_train_iter", batch_idx=self._iter, data_batch=batches, outputs=outputs
@@ -159,13 +157,11 @@ class TrainLoop(BaseLoop):
         """Do one optimizer step; return what is worth logging."""
         outputs: dict[str, Any] = {"tokens": 0, **self._learning_rates()}
         counts = [num_supervised(batch) for batch in batches]
-        tokens, empty_ranks = _sum_over_ranks(sum(counts), int(sum(counts) == 0))
-        if empty_ranks:
-            # A rank without a loss can't take part in the exchange of gradients.
+        tokens = _sum_over_ranks(sum(counts))
+        if not tokens:
             return {**outputs, **self._skip(batches)}
         outputs["tokens"] = tokens
-        used = [pair for pair in zip(batches, counts, strict=True) if pair[1]]
-        outputs["loss"], auxiliary = self._backward(used, tokens).tolist()
+        outputs["loss"], auxiliary = self._backward(batches, counts, tokens).tolist()
         if auxiliary:
             outputs["auxiliary_loss"] = auxiliary
         outputs["grad_norm"] = float(self.runner.optim_wrapper.clip_gradients())
@@ -178,26 +174,30 @@ class TrainLoop(BaseLoop):
         self.runner.optim_wrapper.zero_grad()
         return outputs
 
-    def _backward(self, used: Sequence[tuple[Batch, int]], tokens: int) -> Tensor:
+    def _backward(self, batches: Sequence[Batch], counts: Sequence[int], tokens: int) -> Tensor:
         """Add up the gradients of the token mean.
+
+        Micro-batches without a supervised token are run like the others: a process that left its
+        own out would leave the others waiting for its part of parameters and gradients.
 
         Returns:
             The means over all processes of the loss and of what the method adds to it, (2,).
         """
         model, optim_wrapper = self.runner.model, self.runner.optim_wrapper
-        device = next(model.parameters()).device
+        device = self.runner.strategy.device
         sums = []
-        for index, (batch, count) in enumerate(used):
-            with ExitStack() as stack:
-                if index < len(used) - 1 and hasattr(model, "no_sync"):
-                    stack.enter_context(model.no_sync())
-                with optim_wrapper.optim_context(model):
-                    output = model(**_model_inputs(batch, device))
+        for index, (batch, count) in enumerate(zip(batches, counts, strict=True)):
+            with optim_wrapper.micro_batch(model, last=index == len(batches) - 1):
+                output = model(**_model_inputs(batch, device))
                 assert int(output.num_tokens) == count, (
                     f"the model supervised {int(output.num_tokens)} tokens, the labels hold {count}"
                 )
                 # Processes' gradients are averaged, but what is wanted is their sum.
-                optim_wrapper.backward(_objective(output) * (get_world_size() / tokens))
+                loss = _objective(output) * (get_world_size() / tokens)
+                # Autocast is for the forward: it would round what a backward of ours computes in
+                # float32. Recomputed layers bring their own.
+                with torch.autocast(device.type, enabled=False):
+                    optim_wrapper.backward(loss)
             sums.append(torch.stack([output.loss_sum.detach(), _auxiliary_sum(output).detach()]))
         totals = torch.stack(sums).double().sum(0)
         all_reduce(totals)
@@ -270,10 +270,10 @@ def _run_length(max_iters: int | None, max_epochs: float | None, steps_per_epoch
     return length
 
 
-def _sum_over_ranks(*numbers: int) -> list[int]:
-    summed = torch.tensor(numbers, dtype=torch.int64)
+def _sum_over_ranks(number: int) -> int:
+    summed = torch.tensor(number, dtype=torch.int64)
     all_reduce(summed)
-    return summed.tolist()
+    return int(summed)
 
 
 def _model_inputs(batch: Batch, device: torch.device) -> Batch:

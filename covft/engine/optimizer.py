@@ -1,105 +1,32 @@
-"""The optimizer: a learning rate per module, precision, clipping, moments in 8 bits."""
+"""The optimizer: a learning rate per module, moments in 8 bits."""
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from mmengine import registry as mmengine_registry
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapper
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from covft.checkpoints.trainable import unwrapped
 from covft.config import is_under
+from covft.engine.bf16_adamw import BF16AdamW
+from covft.engine.optim_wrapper import NO_DECAY, AutocastOptimWrapper
 from covft.models.llm_adapters import import_bitsandbytes
 from covft.registry import OPTIM_WRAPPERS, Registry, nearest
 
 OPTIMIZERS = Registry(
     "optimizer", parent=mmengine_registry.OPTIMIZERS, locations=["covft.engine.optimizer"]
 )
-PRECISIONS = ("auto", "bf16", "fp32")
+OPTIMIZERS.register_module(module=BF16AdamW)
 #: Devices for which torch has fused optimizer kernels that are tested here.
 _FUSED_DEVICES = ("cpu", "cuda")
-_BASE, _NO_DECAY = "base", ".no_decay"
-
-
-@OPTIM_WRAPPERS.register_module()
-class AutocastOptimWrapper(OptimWrapper):
-    """An optimizer with bf16 autocast on any device and clipping of the global gradient norm.
-
-    Args:
-        optimizer: The optimizer.
-        precision: "bf16" or "fp32" for the forward; "auto" takes bf16 where it is native.
-        clip_grad: ``dict(max_norm=...)``, or None to leave gradients alone.
-
-    Raises:
-        ValueError: If the precision is unknown or ``clip_grad`` has other keys.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        precision: str = "auto",
-        clip_grad: Mapping[str, float] | None = None,
-    ) -> None:
-        super().__init__(optimizer)
-        if precision not in PRECISIONS:
-            hint = nearest(precision, PRECISIONS)
-            raise ValueError(f"optim_wrapper.precision '{precision}' is unknown; {hint}")
-        if clip_grad is not None and set(clip_grad) != {"max_norm"}:
-            raise ValueError(
-                f"optim_wrapper.clip_grad must be dict(max_norm=...), got {dict(clip_grad)}"
-            )
-        self.max_norm = clip_grad["max_norm"] if clip_grad else None
-        self.device_type = self._parameters()[0].device.type
-        if precision == "auto":
-            precision = "bf16" if has_native_bf16(self.device_type) else "fp32"
-        self.precision = precision
-
-    @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Autocast the forward of ``model``; synchronising gradients is the loop's affair."""
-        enabled = self.precision == "bf16"
-        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=enabled):
-            yield
-
-    def clip_gradients(self) -> Tensor:
-        """Scale the gradients to at most ``max_norm``; return their norm before, a scalar."""
-        parameters = [p for p in self._parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.max_norm is not None:
-            nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
-        return norm
-
-    def learning_rates(self) -> dict[str, float]:
-        """Return the learning rate now of each named group."""
-        return {
-            group["name"].removesuffix(_NO_DECAY): group["lr"]
-            for group in self.optimizer.param_groups
-        }
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-
-def has_native_bf16(device_type: str) -> bool:
-    """Tell whether bf16 is faster than fp32 on the device.
-
-    On CPUs without AVX512-BF16 or AMX it is emulated: bf16 matrix products then take about eight
-    times as long as fp32's.
-    """
-    if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device_type == "cpu":
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
-    return False
+_BASE = "base"
 
 
 def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> AutocastOptimWrapper:
@@ -108,7 +35,8 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> AutocastOpt
     Args:
         model: The model, on its device, frozen where it is to be.
         cfg: ``optimizer`` (``dict(type="AdamW", lr=..., weight_decay=...)``; "AdamW8bit" and
-            "PagedAdamW8bit" need bitsandbytes), ``lr`` (a learning rate per prefix of parameter
+            "PagedAdamW8bit" need bitsandbytes; "BF16AdamW" is the one for weights in bfloat16, see
+            :mod:`covft.engine.bf16_adamw`), ``lr`` (a learning rate per prefix of parameter
             names, the longest prefix wins; "method" stands for the VFT method's own), and the
             arguments of :class:`AutocastOptimWrapper`.
 
@@ -135,6 +63,7 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> AutocastOpt
     if kind is not None and "fused" in inspect.signature(kind).parameters:
         optimizer_cfg.setdefault("fused", device_type in _FUSED_DEVICES)
     optimizer = OPTIMIZERS.build({**optimizer_cfg, "params": groups})
+    _warn_of_lost_updates(optimizer)
     arguments.setdefault("type", AutocastOptimWrapper)
     return OPTIM_WRAPPERS.build({**arguments, "optimizer": optimizer})
 
@@ -164,7 +93,7 @@ def parameter_groups(
     for name, parameter in named:
         prefix = max((p for p in prefix_lr if is_under(name, p)), key=len, default=None)
         decays = weight_decay > 0 and parameter.ndim > 1
-        group_name = (prefix or _BASE) + ("" if decays or weight_decay == 0 else _NO_DECAY)
+        group_name = (prefix or _BASE) + ("" if decays or weight_decay == 0 else NO_DECAY)
         group = groups.setdefault(
             group_name,
             {
@@ -211,6 +140,24 @@ def _eight_bit(kind: str) -> Callable[..., torch.optim.Optimizer]:
 # a fine-tuning away.
 for _kind in ("AdamW8bit", "PagedAdamW8bit"):
     OPTIMIZERS.register_module(name=_kind, module=_eight_bit(_kind))
+
+
+def _warn_of_lost_updates(optimizer: torch.optim.Optimizer) -> None:
+    """Warn if most of what an optimizer does to 16-bit weights would be rounded away."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    low = sum(p.numel() for p in weights if p.dtype in (torch.bfloat16, torch.float16))
+    if low and not getattr(optimizer, "keeps_small_updates", False):
+        remedy = "float32 weights (model.dtype, model.llm.dtype)"
+        # Strategy 'fsdp2' refuses BF16AdamW.
+        if not any(isinstance(p, DTensor) for p in weights):
+            remedy = f"optim_wrapper.optimizer=dict(type='BF16AdamW', ...), or {remedy}"
+        print_log(
+            f"{type(optimizer).__name__} rounds its updates of {low:,} weights to their 16 bits: "
+            "at lr 2e-5 most of the way that bfloat16 weights should go is lost. Use "
+            f"{remedy}",
+            logger="current",
+            level=logging.WARNING,
+        )
 
 
 def _resolve_rates(prefix_lr: Mapping[str, float | str], model: nn.Module) -> dict[str, float]:

@@ -12,17 +12,20 @@ from mmengine.config import Config
 from covft.checkpoints.run import stage_dir
 from covft.checkpoints.trainable import WEIGHTS_NAME, trained_config
 from covft.config import STAGE_KEYS, changed_lines, stage_configs, stage_text
-from covft.engine.checkpoint_hook import CheckpointHook
-from covft.engine.data import build_dataloader
+from covft.datasets.mixture import check_dataset
+from covft.engine.checkpoint_hook import CheckpointHook, check_sharded
+from covft.engine.compile import checked_compile
+from covft.engine.data import build_dataloader, check_dataloader
 from covft.engine.loop import TrainLoop
 from covft.engine.optimizer import build_optim_wrapper
 from covft.engine.results import check_evaluation
 from covft.engine.schedule import PARAM_SCHEDULERS
+from covft.engine.strategies import chosen_strategy, strategy_class
+from covft.engine.throughput_hook import ThroughputHook
 from covft.models.abstract import UnknownArchitectureError, abstract_model
 from covft.models.mllm import MLLM
 from covft.models.text_encoder import LLMEmbeddings
 from covft.registry import (
-    DATASETS,
     LLMS,
     TEXT_ENCODERS,
     VFT,
@@ -32,7 +35,7 @@ from covft.registry import (
 )
 
 
-def check_run(cfg: Config, work_dir: Path | None = None) -> None:
+def check_run(cfg: Config, work_dir: Path | None = None, *, launcher: str | None = None) -> None:
     """Find what is wrong with a config before a stage is trained, rather than after hours of it.
 
     Every stage's model and optimizer are built without weights, in seconds for any size. Where
@@ -42,6 +45,7 @@ def check_run(cfg: Config, work_dir: Path | None = None) -> None:
     Args:
         cfg: The config.
         work_dir: A run's folder that is to be continued; its finished stages must be this config's.
+        launcher: What starts the processes; None if that isn't known yet.
 
     Raises:
         ValueError: If the config doesn't fit together; the message says what to change.
@@ -50,6 +54,7 @@ def check_run(cfg: Config, work_dir: Path | None = None) -> None:
     stages = stage_configs(cfg)
     for _, stage in stages:
         _check_complete(stage)
+        _check_strategy(stage, launcher)
     if cfg.get("evaluation"):
         check_evaluation(cfg.evaluation)
     for name, stage in stages:
@@ -70,17 +75,31 @@ def _check_complete(stage: Config) -> None:
         {"dataset": None, "collate_fn": None, **stage.train_dataloader},
         where="train_dataloader",
     )
+    check_dataloader(**stage.train_dataloader)
+    checked_compile(stage.get("compile"))
     check_arguments(CheckpointHook, stage.get("checkpoint") or {}, where="checkpoint")
     check_arguments(
         TrainLoop, {"runner": None, "dataloader": None, **stage.train_cfg}, where="train_cfg"
     )
-    check_config(stage.train_dataset, DATASETS, {"spec": None})
+    check_dataset(stage.train_dataset)
     if stage.get("param_scheduler"):
         check_config(stage.param_scheduler, PARAM_SCHEDULERS, {"optimizer": None, "max_iters": 1})
-    known = ("interval", "preview_interval")
+    known = ("interval", "preview_interval", "peak_tflops")
     for key in stage.get("logging") or {}:
         if key not in known:
             raise ValueError(f"logging.{key} is unknown; known: {', '.join(known)}")
+    ThroughputHook(peak_tflops=(stage.get("logging") or {}).get("peak_tflops"))
+
+
+def _check_strategy(stage: Config, launcher: str | None) -> None:
+    strategy = stage.get("strategy")
+    if launcher is not None:
+        strategy = chosen_strategy(strategy, launcher)
+    if not strategy:
+        return
+    kind = strategy_class(strategy)
+    kind.check({key: value for key, value in strategy.items() if key != "type"}, stage)
+    check_sharded((stage.get("checkpoint") or {}).get("sharded"), kind)
 
 
 def _check_builds(stage: Config) -> None:

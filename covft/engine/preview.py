@@ -8,7 +8,7 @@ from torch import nn
 
 from covft.conversation import checked_turns
 from covft.datasets.annotations import image_paths
-from covft.datasets.instruct import InstructDataset
+from covft.datasets.base import ConversationDataset
 from covft.datasets.prompts import Prompt, generate_answers
 from covft.datasets.transforms import load_image
 from covft.models.mllm import MLLM
@@ -24,7 +24,7 @@ class AnswerPreview:
     """
 
     def __init__(
-        self, dataset: InstructDataset, indices: Sequence[int], *, max_new_tokens: int = 24
+        self, dataset: ConversationDataset, indices: Sequence[int], *, max_new_tokens: int = 24
     ) -> None:
         self.dataset, self.indices, self.max_new_tokens = dataset, indices, max_new_tokens
 

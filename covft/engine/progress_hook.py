@@ -25,7 +25,7 @@ _WINDOW = 50
 
 @HOOKS.register_module()
 class ProgressHook(Hook):
-    """Shows step, loss, learning rate, speed and the time left.
+    """Shows step, loss, learning rate, speed, memory and the time left.
 
     Args:
         interval: Steps between lines in the log; each tells the mean loss of the steps since the
@@ -86,7 +86,8 @@ class ProgressHook(Hook):
     def _short(outputs: Mapping[str, Any]) -> str:
         """Format what fits beside a bar in 80 columns; of several learning rates, the highest."""
         lr = max(value for name, value in outputs.items() if name.split("/")[0] == "lr")
-        return f"loss {outputs['loss']:.3f}  lr {lr:.1e}  {outputs['tokens_per_second']:.0f} tok/s"
+        speed = outputs["input_tokens_per_second"]
+        return f"loss {outputs['loss']:.3f}  lr {lr:.1e}  {speed:.0f} tok/s"
 
     @staticmethod
     def _numbers(steps: list[Mapping[str, Any]]) -> str:
@@ -102,9 +103,25 @@ class ProgressHook(Hook):
         if len(used) < len(steps):
             parts.append(f"skipped {len(steps) - len(used)}")
         parts += [f"{k} {v:.2e}" for k, v in steps[-1].items() if k.split("/")[0] == "lr"]
-        parts.append(f"{sum(outputs['tokens'] for outputs in steps) / seconds:.0f} tok/s")
+        parts += _speed(steps, seconds)
         parts.append(f"{seconds / len(steps):.3g} s/step (data {waiting / seconds:.0%})")
         return "  ".join(parts)
+
+
+def _speed(steps: list[Mapping[str, Any]], seconds: float) -> list[str]:
+    """Format what :class:`~covft.engine.ThroughputHook` found, as means over the time of steps."""
+
+    def mean(name: str) -> float:
+        return sum(outputs[name] * outputs["seconds"] for outputs in steps) / seconds
+
+    parts = [f"{mean('input_tokens_per_second'):.0f} tok/s"]
+    parts.append(f"{mean('samples_per_second'):.3g} samples/s")
+    if "tflops_per_device" in steps[-1]:
+        share = f" ({mean('mfu'):.0%} MFU)" if "mfu" in steps[-1] else ""
+        parts.append(f"{mean('tflops_per_device'):.3g} TFLOP/s{share}")
+    if "peak_memory_gib" in steps[-1]:
+        parts.append(f"{steps[-1]['peak_memory_gib']:.3g} GiB")
+    return parts
 
 
 class _Bar:

@@ -19,20 +19,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from covft.checkpoints.atomic import remove_partial_files
-from covft.checkpoints.trainable import WEIGHTS_NAME
-from covft.engine.checkpoint import (
+from covft.checkpoints.trainable import WEIGHTS_NAME, trainable_shapes
+from covft.engine.checkpoint import restore_state
+from covft.engine.checkpoint_files import (
     find_checkpoints,
     iteration_of,
-    newest_readable,
-    read_checkpoint,
-    restore_state,
+    point_to_newest,
+    read_resumed,
+    set_aside,
 )
 from covft.engine.checkpoint_hook import CheckpointHook
 from covft.engine.loop import TrainLoop
 from covft.engine.progress_hook import ProgressHook
 from covft.engine.sample_hooks import BadSampleHook
 from covft.engine.scalars_hook import ScalarsHook
-from covft.engine.strategy import STRATEGIES, DDPStrategy, SingleDeviceStrategy
+from covft.engine.strategies import STRATEGIES, chosen_strategy
+from covft.engine.throughput_hook import ThroughputHook
 from covft.registry import HOOKS, LOOPS, Registry
 
 VISUALIZATION_BACKENDS = Registry(
@@ -50,7 +52,14 @@ _BACKEND_PACKAGES = {
     "DVCLiveVisBackend": "dvclive",
     "AimVisBackend": "aim",
 }
-DEFAULT_HOOKS = (BadSampleHook, ScalarsHook, ProgressHook, ParamSchedulerHook, CheckpointHook)
+DEFAULT_HOOKS = (
+    BadSampleHook,
+    ThroughputHook,
+    ScalarsHook,
+    ProgressHook,
+    ParamSchedulerHook,
+    CheckpointHook,
+)
 _counter = itertools.count()
 
 
@@ -59,14 +68,18 @@ class Runner(FlexibleRunner):
 
     Attributes:
         config_text: The config as text; it is kept in checkpoints and compared on resume.
+        trained_shapes: Names and shapes of what training changes, whole.
     """
 
     config_text: str
-    model: nn.Module
+    trained_shapes: dict[str, tuple[int, ...]]
+    model: Any
     # First a config, then what was built from it; mmengine's class does the same.
     _train_loop: Any
+    _train_dataloader: Any
     optim_wrapper: Any
     param_schedulers: Any
+    strategy: Any
 
     @classmethod
     def from_parts(
@@ -101,8 +114,9 @@ class Runner(FlexibleRunner):
                 its place.
             resume: True continues from the newest readable checkpoint in ``work_dir``, or starts
                 if there is none; a path continues from that checkpoint.
-            launcher: "none", "pytorch" or "slurm".
-            strategy: ``dict(type=...)``; by default one device or, with a launcher, DDP.
+            launcher: "none", "pytorch", "slurm" or "mpi".
+            strategy: ``dict(type="ddp")``, "fsdp2", "zero2" or "zero3" with its options; by default
+                one device or, with a launcher, "ddp".
             seed: Seed of dropout and the like, to which a process adds its rank.
             visualizer: ``dict(vis_backends=[dict(type="TensorboardVisBackend"), ...])``.
             config_text: The config as text.
@@ -112,7 +126,7 @@ class Runner(FlexibleRunner):
             FileNotFoundError: If ``resume`` names a checkpoint that doesn't exist.
             ImportError: If a visualization backend's package isn't installed.
         """
-        default = SingleDeviceStrategy if launcher == "none" else DDPStrategy
+        strategy = chosen_strategy(strategy, launcher)
         work_dir = Path(work_dir).absolute()
         work_dir.mkdir(parents=True, exist_ok=True)
         # Two runs of one process, such as two stages, must not share mmengine's global instances.
@@ -126,7 +140,7 @@ class Runner(FlexibleRunner):
             train_cfg=dict(train_cfg),
             optim_wrapper=dict(optim_wrapper),
             param_scheduler=dict(param_scheduler) if param_scheduler else None,
-            strategy={"type": default, **(strategy or {})},
+            strategy=strategy,
             custom_hooks=list(hooks),
             resume=str(resume) if isinstance(resume, Path) else resume,
             launcher=launcher,
@@ -152,6 +166,17 @@ class Runner(FlexibleRunner):
             for handler in self.logger.handlers:
                 handler.close()
         return model
+
+    def close(self) -> None:
+        """Let go of model, optimizer and data, after which the runner is of no more use.
+
+        Runner, strategy, loop and hooks refer to each other. What a caller doesn't hold itself is
+        freed by the next ``gc.collect()``; without this, one that still holds the runner, such as
+        a traceback, would hold it all.
+        """
+        self.model = self.strategy = self.optim_wrapper = self.param_schedulers = None
+        self._train_loop = self._train_dataloader = None
+        self._hooks.clear()
 
     def build_strategy(
         self, strategy: dict[str, Any], *, launcher: str, randomness: dict[str, Any], **kwargs: Any
@@ -223,6 +248,10 @@ class Runner(FlexibleRunner):
                 f"{get_world_size()}; call setup_distributed(launcher) before building it"
             )
         self._train_loop = self.build_train_loop(self._train_loop)
+        # Before the model is wrapped: some engines leave nothing of shapes and sizes.
+        self.trained_shapes = trainable_shapes(self.model)
+        num_parameters = sum(p.numel() for p in self.model.parameters())
+        trained = {n: p.numel() for n, p in self.model.named_parameters() if p.requires_grad}
         self.strategy.prepare(
             self.model,
             optim_wrapper=self.optim_wrapper,
@@ -232,16 +261,13 @@ class Runner(FlexibleRunner):
         self.model = self.strategy.model
         self.optim_wrapper = self.strategy.optim_wrapper
         self.param_schedulers = getattr(self.strategy, "param_schedulers", None)
-        self._log_plan()
+        self._log_plan(num_parameters, trained)
         self.load_or_resume()
 
     def _resume_source(self, work_dir: Path) -> tuple[Path, dict[str, Any]] | None:
         if not self._resume:
             return None
-        if self._resume is not True:
-            path = Path(self._resume)
-            return path, read_checkpoint(path)
-        found = newest_readable(find_checkpoints(work_dir), self)
+        found = read_resumed(work_dir, self._resume, self.logger)
         if found is None:
             self.logger.info(f"nothing to resume from in {work_dir}: starting from the beginning")
         return found
@@ -255,24 +281,24 @@ class Runner(FlexibleRunner):
         weights = work_dir / WEIGHTS_NAME
         if self.iter < self.max_iters and weights.exists():
             newer.append(weights)
-        for path in newer:
-            path.replace(path.with_name(f"{path.name}.old"))
-            self.logger.warning(
-                f"{path.name} was there before this run; renamed to {path.name}.old"
-            )
+        for path, renamed in set_aside(newer):
+            self.logger.warning(f"{path.name} was there before this run; renamed to {renamed.name}")
+        point_to_newest(work_dir)
 
-    def _log_plan(self) -> None:
-        parameters = list(self.model.parameters())
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        device = parameters[0].device
-        wrapper = self.optim_wrapper
+    def _log_plan(self, num_parameters: int, trained: Mapping[str, int]) -> None:
+        """Say what is trained, and how.
+
+        Args:
+            num_parameters: All of the model's.
+            trained: Size of every trainable parameter; of a sharded one, the whole.
+        """
         self.logger.info(
-            f"{self.max_iters} steps on {get_world_size()} x {device}, precision "
-            f"{wrapper.precision}; {trainable:,} of {sum(p.numel() for p in parameters):,} "
-            "parameters are trained"
+            f"{self.max_iters} steps on {get_world_size()} x {self.strategy.device}, strategy "
+            f"{self.strategy.name}, precision {self.strategy.precision}; "
+            f"{sum(trained.values()):,} of {num_parameters:,} parameters are trained"
         )
-        for group in wrapper.optimizer.param_groups:
-            count = sum(p.numel() for p in group["params"])
+        for group in self.optim_wrapper.optimizer.param_groups:
+            count = sum(trained[name] for name in group["param_names"])
             self.logger.info(
                 f"group {group['name']}: {count:,} parameters, peak lr "
                 f"{group.get('initial_lr', group['lr']):.3g}, weight decay {group['weight_decay']}"

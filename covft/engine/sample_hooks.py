@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from mmengine.dist import all_reduce, get_rank, master_only
+from mmengine.dist import all_reduce, get_rank, is_main_process
 from mmengine.hooks import Hook
 from torch import nn
 
+from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.trainable import unwrapped
 from covft.engine.random_state import preserved_random_state
 from covft.registry import HOOKS
@@ -38,7 +39,7 @@ class BadSampleHook(Hook):
         if not runner.iter:
             self._path.unlink(missing_ok=True)
         elif self._path.exists():
-            self._seen = _ids_in(self._path)
+            self._seen = _mended_ids(self._path)
         if get_rank() == 0:
             self._add(runner, getattr(runner.train_dataloader.dataset, "bad", ()))
 
@@ -106,16 +107,14 @@ class SampleLogHook(Hook):
         self.interval = interval
         self.sample_index = sample_index
 
-    @master_only
     def before_train(self, runner: Runner) -> None:
         """Show the sample and the generations before the first step."""
         dataset = runner.train_dataloader.dataset
-        if hasattr(dataset, "describe"):
+        if hasattr(dataset, "describe") and is_main_process():
             text = dataset.describe(self.sample_index)
             runner.logger.info(f"training sample {self.sample_index}:\n{_indented(text)}")
         self._log_generations(runner, runner.iter)
 
-    @master_only
     def after_train_iter(self, runner: Runner, batch_idx: int, *args: Any, **kwargs: Any) -> None:
         """Show the generations if it is time."""
         if self.interval is not None and (batch_idx + 1) % self.interval == 0:
@@ -128,7 +127,8 @@ class SampleLogHook(Hook):
         modes = {module: module.training for module in model.modules()}
         model.eval()
         # Looking must not change the training: neither its dropout nor what is frozen in eval mode.
-        with preserved_random_state(), torch.no_grad():
+        # All processes look: where each holds a shard, none can alone.
+        with preserved_random_state(), torch.no_grad(), runner.strategy.autocast():
             texts = self.preview(model)
         for module, training in modes.items():
             module.training = training
@@ -140,12 +140,19 @@ def _bad_samples_name(rank: int) -> str:
     return "bad_samples.jsonl" if rank == 0 else f"bad_samples.rank{rank}.jsonl"
 
 
-def _ids_in(path: Path) -> set[str]:
-    ids = set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        # The last line may be torn by a kill; its sample is then listed again.
-        if line.endswith("}"):
+def _mended_ids(path: Path) -> set[str]:
+    """Return the ids in a list, and rewrite it without what a kill has torn.
+
+    The next line would be written behind a torn one. Its sample is listed again.
+    """
+    ids, lines = set(), []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
             ids.add(str(json.loads(line)["id"]))
+        except json.JSONDecodeError:
+            continue
+        lines.append(line + "\n")
+    atomic_write_text(path, "".join(lines))
     return ids
 
 

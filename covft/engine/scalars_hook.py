@@ -38,8 +38,9 @@ class ScalarsHook(Hook):
 
     A line holds ``step`` (from 1), ``loss`` (nats per supervised token), ``lr`` (or one per group
     as ``lr/<name>``), ``grad_norm`` (before clipping), ``tokens`` (supervised, all processes),
-    ``seconds``, ``data_seconds`` and ``tokens_per_second``; numbers that aren't finite are null. A
-    resumed run removes the lines after the step it continues from, so that no step is there twice.
+    ``seconds``, ``data_seconds``, what :class:`~covft.engine.ThroughputHook` adds, and why a step
+    was ``skipped``; numbers that aren't finite are null. A resumed run removes the lines after the
+    step it continues from, so that no step is there twice.
     """
 
     def __init__(self) -> None:

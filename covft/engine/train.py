@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Mapping
@@ -10,17 +11,20 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import barrier, broadcast_object_list, is_main_process
 
 from covft.checkpoints.atomic import atomic_write_text
 from covft.checkpoints.run import build_model, load_run, load_start, stage_dir
 from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
 from covft.config import CONFIG_NAME, save_config, stage_configs, stage_text
+from covft.datasets.base import ConversationDataset
 from covft.datasets.collate import Collator
-from covft.datasets.instruct import InstructDataset
 from covft.datasets.spec import InputSpec
+from covft.engine.checkpoint_files import set_aside, together
 from covft.engine.checkpoint_hook import CheckpointHook
+from covft.engine.compile import compile_blocks
 from covft.engine.data import build_dataloader
+from covft.engine.flops import cost_model
 from covft.engine.preflight import check_run
 from covft.engine.preview import AnswerPreview
 from covft.engine.progress_hook import ProgressHook
@@ -28,7 +32,8 @@ from covft.engine.results import RESULTS_NAME, evaluate_run
 from covft.engine.runner import Runner
 from covft.engine.sample_hooks import SampleLogHook
 from covft.engine.scalars_hook import SCALARS_NAME, read_scalars
-from covft.engine.strategy import setup_distributed
+from covft.engine.strategies import setup_distributed
+from covft.engine.throughput_hook import ThroughputHook
 from covft.models.mllm import MLLM
 from covft.registry import DATASETS
 
@@ -47,7 +52,7 @@ def train(
         work_dir: Where the run is written: the config, a folder per stage, ``results.json``.
         resume: True continues an interrupted run: finished stages are kept, the unfinished one goes
             on from its newest checkpoint. A path continues from that checkpoint (one stage only).
-        launcher: "none", "pytorch" or "slurm".
+        launcher: "none", "pytorch" (torchrun), "slurm" or "mpi".
 
     Raises:
         ValueError: If the config doesn't fit together; the message says what to change.
@@ -57,9 +62,10 @@ def train(
     if cfg.get("num_threads"):
         torch.set_num_threads(cfg.num_threads)
     stages = stage_configs(cfg)
-    check_run(cfg, work_dir if resume is True else None)
+    with together():
+        check_run(cfg, work_dir if resume is True else None, launcher=launcher)
     folders = [stage_dir(work_dir, name, num_stages=len(stages)) for name, _ in stages]
-    finished = [resume is True and (folder / WEIGHTS_NAME).is_file() for folder in folders]
+    finished = _finished(folders) if resume is True else [False] * len(folders)
     if isinstance(resume, str) and len(stages) > 1:
         raise ValueError(
             "--resume PATH works for a config of one stage; "
@@ -68,7 +74,7 @@ def train(
     if is_main_process():
         work_dir.mkdir(parents=True, exist_ok=True)
         if not resume:
-            _set_aside([*(folders if len(stages) > 1 else []), work_dir / RESULTS_NAME])
+            set_aside([*(folders if len(stages) > 1 else []), work_dir / RESULTS_NAME])
         save_config(cfg, work_dir / CONFIG_NAME)
     barrier()
     earlier_seconds = 0.0
@@ -85,6 +91,7 @@ def train(
                 resume=resume,
                 launcher=launcher,
             )
+            _free_memory()
     if cfg.get("evaluation") and is_main_process():
         evaluate_run(
             load_run(work_dir),
@@ -94,9 +101,9 @@ def train(
         )
 
 
-def build_dataset(stage: Config, model: MLLM) -> InstructDataset:
+def build_dataset(stage: Config, model: MLLM) -> ConversationDataset:
     """Build a stage's training set for a model."""
-    dataset: InstructDataset = DATASETS.build(
+    dataset: ConversationDataset = DATASETS.build(
         stage.train_dataset, default_args={"spec": InputSpec.of(model)}
     )
     return dataset
@@ -116,17 +123,21 @@ def _run_stage(
     model = build_model(stage, seed=seed)
     started = time.perf_counter()  # after what a first build may have to download
     load_start(model, first_stage)
-    for weights in earlier:
-        load_weights(model, weights)
+    with together():  # without a folder that all nodes share, only one has the weights
+        for weights in earlier:
+            load_weights(model, weights)
     dataset = build_dataset(stage, model)
     train_cfg = dict(stage.train_cfg)
+    pack = stage.train_dataloader.get("pack", False)
     dataloader = build_dataloader(
         dataset,
-        Collator(dataset.spec),
+        Collator(dataset.spec, pack=pack),
         accumulation=train_cfg.get("accumulation", 1),
         seed=seed,
+        cost=cost_model(model) if pack else None,
         **stage.train_dataloader,
     )
+    compile_blocks(model, stage.get("compile"))
     runner = Runner.from_parts(
         model=model,
         dataloader=dataloader,
@@ -137,6 +148,7 @@ def _run_stage(
         work_dir=folder,
         resume=resume,
         launcher=launcher,
+        strategy=stage.get("strategy"),
         seed=seed,
         visualizer=stage.get("visualizer"),
         config_text=stage_text(stage, seed=seed),
@@ -149,16 +161,32 @@ def _run_stage(
         timing = {"seconds": seconds, "steps": runner.iter, "threads": torch.get_num_threads()}
         atomic_write_text(folder / TIMING_NAME, json.dumps(timing) + "\n")
     barrier()
+    runner.close()
     return before
 
 
-def _hooks(stage: Config, dataset: InstructDataset) -> list[Any]:
+def _finished(folders: list[Path]) -> list[bool]:
+    """Return which stages are finished, as the main process sees it."""
+    finished = [[(folder / WEIGHTS_NAME).is_file() for folder in folders]]
+    broadcast_object_list(finished)
+    return finished[0]
+
+
+def _free_memory() -> None:
+    """Free a finished stage's model and optimizer, which are in reference cycles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _hooks(stage: Config, dataset: ConversationDataset) -> list[Any]:
     logging: Mapping[str, Any] = stage.get("logging") or {}
     shown = range(min(_NUM_PREVIEWED, len(dataset)))
     preview = SampleLogHook(
         preview=AnswerPreview(dataset, shown), interval=logging.get("preview_interval")
     )
     return [
+        ThroughputHook(peak_tflops=logging.get("peak_tflops")),
         ProgressHook(interval=logging.get("interval", 10)),
         CheckpointHook(**(stage.get("checkpoint") or {})),
         preview,
@@ -179,13 +207,3 @@ def _seconds_before(folder: Path, steps: int) -> float:
     if not steps or not path.exists():
         return 0.0
     return sum(record["seconds"] for record in read_scalars(path) if record["step"] <= steps)
-
-
-def _set_aside(paths: list[Path]) -> None:
-    """Rename an earlier run's stages and results, so that they aren't taken for this run's."""
-    number = 1
-    while any(path.with_name(f"{path.name}.old{number}").exists() for path in paths):
-        number += 1
-    for path in paths:
-        if path.exists():
-            path.replace(path.with_name(f"{path.name}.old{number}"))

@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import socket
+import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from mmengine.hooks import Hook
+from parallel_case import WORLD_SIZE, in_processes
 from torch import distributed
-from toy_training import Loss, ToyDataset, ToyModel, toy_dataloader, toy_runner
+from toy_training import ToyDataset, ToyModel, toy_dataloader, toy_runner
 
-from covft.engine import setup_distributed
+from covft.engine.train import _finished
 
-WORLD_SIZE = 2
 EVERY_3 = {"type": "CheckpointHook", "interval": 3, "max_keep": 3}
 
 
-class SometimesBlind(ToyModel):
-    """Leaves its vision part out of some micro-batches, like a model given text alone."""
-
-    def forward(self, *, input_ids, labels, **batch):
-        if int(input_ids.sum()) % 2:
-            return super().forward(input_ids=input_ids, labels=labels, **batch)
-        logits = self.llm(self.projector(self.embed(input_ids)))[:, :-1]
-        targets = labels[:, 1:]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-        return Loss(loss, int((targets != -100).sum()))
-
-
 class PartlySilent(ToyDataset):
-    """One sample in eight has no supervised token."""
+    """Half of the samples have no supervised token."""
 
     def __getitem__(self, index):
         sample = super().__getitem__(index)
-        if index % 8 == 0:
+        if index % 2 == 0:
             sample["labels"][:] = -100
         return sample
 
@@ -54,7 +39,7 @@ def exact(folder: Path, *, rank: int, world_size: int) -> None:
     parts = {"rank": rank, "world_size": world_size, "accumulation": accumulation}
     toy_runner(
         folder,
-        model=SometimesBlind(dropout=0.0).double(),
+        model=ToyModel(dropout=0.0).double(),
         dataloader=toy_dataloader(batch_size=1, **parts),
         optim_wrapper={
             "optimizer": {"type": "SGD", "lr": 0.5},
@@ -79,6 +64,40 @@ def silent_rank(folder: Path, *, rank: int) -> None:
     toy_runner(folder, dataloader=loader, launcher="pytorch", train_cfg=train_cfg).train()
 
 
+def apart(folder: Path, *, rank: int) -> None:
+    """Resume with a folder for each process, as on nodes that share no disk."""
+    whole = folder / "whole"
+    for name, steps in (("main_has_less", ((6,), (6, 9))), ("main_has_more", ((6, 9), (6,)))):
+        resume_apart(folder / name / str(rank), [whole / f"iter_{n}.pth" for n in steps[rank]])
+    other = folder / "other/iter_6.pth"
+    other.parent.mkdir(exist_ok=True)
+    if rank == 1:
+        state = torch.load(whole / "iter_6.pth")
+        torch.save({**state, "meta": {**state["meta"], "time": "another"}}, other)
+    resume_apart(folder / "another_run" / str(rank), [other if rank else whole / "iter_6.pth"])
+    # The main process alone has the first stage's weights.
+    stages = [folder / "stages" / str(rank) / name for name in ("one", "two")]
+    stages[rank].mkdir(parents=True)
+    (stages[rank] / "weights.safetensors").touch()
+    (folder / f"stages/{rank}/finished").write_text(str(_finished(stages)))
+
+
+def resume_apart(folder: Path, checkpoints: list[Path]) -> None:
+    """Write down after how many steps this process goes on, or why it doesn't."""
+    folder.mkdir(parents=True)
+    for checkpoint in checkpoints:
+        shutil.copy(checkpoint, folder)
+    rank = distributed.get_rank()
+    loader = toy_dataloader(rank=rank, world_size=WORLD_SIZE)
+    try:
+        runner = toy_runner(folder, dataloader=loader, launcher="pytorch", resume=True)
+        outcome = str(runner.iter)
+    except ValueError as error:
+        outcome = str(error)
+    (folder / "outcome").write_text(outcome)
+    distributed.barrier()
+
+
 def work(folder: Path, rank: int) -> None:
     exact(folder / "two", rank=rank, world_size=WORLD_SIZE)
     with_dropout(folder / "whole", rank=rank, hooks=[EVERY_3])
@@ -88,37 +107,13 @@ def work(folder: Path, rank: int) -> None:
         distributed.barrier()
     with_dropout(folder / "cut", rank=rank, hooks=[EVERY_3], resume=True)
     silent_rank(folder / "silent", rank=rank)
-
-
-def forked(rank: int, port: int, task: Callable[[], None]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in names.items()})
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        setup_distributed("pytorch")
-        task()
-        distributed.destroy_process_group()
-        status = 0
-    finally:
-        # The traceback is printed by nobody else: this process is a copy of its parent.
-        if status:
-            sys.excepthook(*sys.exc_info())
-        os._exit(status)
+    apart(folder, rank=rank)
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [forked(rank, port, lambda rank=rank: work(folder, rank)) for rank in range(2)]
-    failed = [os.waitpid(child, 0)[1] for child in children]
+    in_processes(lambda rank: work(folder, rank))
     exact(folder / "one", rank=0, world_size=1)
-    sys.exit(int(any(failed)))
 
 
 if __name__ == "__main__":

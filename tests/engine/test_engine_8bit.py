@@ -11,7 +11,7 @@ from toy_training import ToyModel, toy_runner
 from covft.checkpoints import load_run
 from covft.config import load_config
 from covft.engine import build_optim_wrapper
-from covft.engine.checkpoint import read_checkpoint
+from covft.engine.checkpoint_files import read_checkpoint
 from covft.engine.scalars_hook import read_scalars
 from covft.engine.train import train
 from covft.registry import LLMS

@@ -1,32 +1,21 @@
 """Two processes train like one; they resume exactly; they agree on the steps that can't be used."""
 
-import os
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from parallel_case import run_script, weights_of
 from toy_training import exact_scalars
 
-from covft.engine import setup_distributed
 from covft.engine.scalars_hook import read_scalars
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    script = Path(__file__).with_name("ddp_server.py")
-    run = subprocess.run(
-        [sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=200
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    run_script(Path(__file__).with_name("ddp_server.py"), folder)
     return folder
-
-
-def weights_of(folder):
-    return load_file(folder / "weights.safetensors")
 
 
 def test_two_processes_equal_one(folder):
@@ -52,25 +41,33 @@ def test_processes_agree_to_skip_a_step(folder):
     records = read_scalars(folder / "silent/scalars.jsonl")
     skipped = [record["step"] for record in records if record["loss"] is None]
     assert 0 < len(skipped) < len(records) == 12
+    # A step in which only one of the two has a supervised token is done.
+    lonely = [r for r in records if r["loss"] is not None and r["tokens"] <= 5]
+    assert lonely
 
 
-def test_launchers_that_make_no_sense_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="did you mean 'pytorch'"):
-        setup_distributed("torch")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ValueError, match=r"environment variables RANK.*torchrun"):
-        setup_distributed("pytorch")
+def outcomes(folder):
+    return [(folder / rank / "outcome").read_text() for rank in "01"]
 
 
-def test_slurm_environment_is_translated(monkeypatch):
-    joined = []
-    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
-        monkeypatch.setenv(name, "to be replaced")
-    slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
-    for name, value in {**slurm, "MASTER_ADDR": "node-1"}.items():
-        monkeypatch.setenv(name, value)
-    setup_distributed("slurm")
-    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["5", "1", "8"]
-    assert joined == ["gloo"]
+def test_the_main_process_chooses_where_to_resume(folder):
+    assert outcomes(folder / "main_has_less") == ["6", "6"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("main_has_more", "no checkpoint at '.*/1/iter_9.pth': the main process resumes from its"),
+        ("another_run", "/1/iter_6.pth is here the checkpoint of another run: the main process"),
+    ],
+)
+def test_no_process_resumes_where_one_cannot(folder, name, message):
+    main, second = outcomes(folder / name)
+    assert main == f"process 1 can't go on: ValueError: {second}"
+    assert re.search(message, second)
+    assert "--work-dir on a file system that all nodes share" in second
+
+
+def test_the_main_process_tells_which_stages_are_finished(folder):
+    found = [(folder / "stages" / rank / "finished").read_text() for rank in "01"]
+    assert found == ["[True, False]"] * 2

@@ -23,7 +23,8 @@ def test_log_has_one_line_per_interval(tmp_path):
     assert [re.search(r"step +(\d+)/12", line)[1] for line in lines] == ["5", "10", "12"]
     number = r"[\d.e+-]+"
     assert re.search(
-        rf"loss {number}  grad {number}  lr {number}  \d+ tok/s  {number} s/step \(data \d+%\)  "
+        rf"loss {number}  grad {number}  lr {number}  \d+ tok/s  {number} samples/s  {number} GiB  "
+        rf"{number} s/step \(data \d+%\)  "
         r"ETA \d+:\d\d:\d\d$",
         lines[0],
     )
@@ -36,7 +37,10 @@ def test_log_tells_the_plan(tmp_path):
     groups = {"optimizer": {"type": "AdamW", "lr": 1e-2}, "lr": {"vision": 1e-3}}
     toy_runner(tmp_path, optim_wrapper={**groups, "precision": "fp32"})
     log = (tmp_path / "train.log").read_text()
-    assert "12 steps on 1 x cpu, precision fp32; 313 of 449 parameters are trained" in log
+    assert (
+        "12 steps on 1 x cpu, strategy single, precision fp32; 313 of 449 parameters are trained"
+        in log
+    )
     assert "group vision: 88 parameters, peak lr 0.001" in log
     assert "2 warm-up steps from 0.333 of the peak" in log
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from toy_training import exact_scalars
 
-from covft.engine.checkpoint import find_checkpoints, read_checkpoint
+from covft.engine.checkpoint_files import find_checkpoints, read_checkpoint
 
 
 def test_killed_and_resumed_run_equals_uninterrupted_one(tmp_path):

@@ -212,3 +212,30 @@ def test_an_auxiliary_loss_is_added_and_logged_apart(tmp_path):
     expected = 0.1 * weight.square().sum().item()
     assert logs["auxiliary"]["auxiliary_loss"] == pytest.approx(expected, rel=1e-10)
     assert "auxiliary_loss" not in logs["plain"]
+
+
+def test_autocast_is_for_the_forward_alone(tmp_path):
+    seen = []
+
+    class Watched(torch.autograd.Function):
+        """Notes in which passes autocast is on."""
+
+        @staticmethod
+        def forward(ctx, x):
+            seen.append(("forward", torch.is_autocast_enabled("cpu")))
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(("backward", torch.is_autocast_enabled("cpu")))
+            return grad
+
+    class WatchedModel(ToyModel):
+        def forward(self, **batch):
+            loss = super().forward(**batch)
+            return Loss(Watched.apply(loss.loss_sum), loss.num_tokens)
+
+    toy_runner(
+        tmp_path, model=WatchedModel(), max_iters=3, optim_wrapper={**SGD, "precision": "bf16"}
+    ).train()
+    assert seen == [("forward", True), ("backward", False)] * 6

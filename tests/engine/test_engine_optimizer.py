@@ -7,7 +7,8 @@ import torch
 from toy_training import ToyModel, toy_runner
 
 from covft.engine import build_optim_wrapper
-from covft.engine.optimizer import has_native_bf16, parameter_groups
+from covft.engine.optim_wrapper import has_native_bf16
+from covft.engine.optimizer import parameter_groups
 from covft.engine.schedule import CosineWarmup
 from covft.vft import BitFit
 
@@ -125,7 +126,7 @@ def test_precision_auto_without_the_probes(monkeypatch):
 def test_precision_sets_the_dtype_of_products(precision, dtype):
     model = ToyModel()
     wrapper = build_optim_wrapper(model, {"optimizer": ADAMW, "precision": precision})
-    with wrapper.optim_context(model):
+    with wrapper.micro_batch(model, last=True):
         assert model.llm(torch.ones(1, 8)).dtype == dtype
     assert model.llm(torch.ones(1, 8)).dtype == torch.float32
 

@@ -9,10 +9,10 @@ import torch
 from mmengine.hooks import Hook
 from safetensors.torch import load_file
 from torch import nn
-from toy_training import ToyModel, exact_scalars, toy_dataloader, toy_runner
+from toy_training import ToyDataset, ToyModel, exact_scalars, toy_dataloader, toy_runner
 
 from covft.engine import load_weights
-from covft.engine.checkpoint import find_checkpoints, read_checkpoint
+from covft.engine.checkpoint_files import find_checkpoints, read_checkpoint, set_aside
 from covft.engine.scalars_hook import read_scalars
 
 torch.set_num_threads(1)
@@ -147,15 +147,46 @@ def test_resume_from_an_older_checkpoint_leaves_the_newer_ones_aside(tmp_path):
     toy_runner(tmp_path / "whole", hooks=[EVERY_3]).train()
     interrupted(tmp_path / "cut", 8)
     toy_runner(tmp_path / "cut", hooks=[EVERY_3], resume=tmp_path / "cut/iter_3.pth").train()
-    assert (tmp_path / "cut/iter_6.pth.old").exists()
+    assert (tmp_path / "cut/iter_6.pth.old1").exists()
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_what_is_set_aside_overwrites_nothing(tmp_path):
+    for seed in (0, 1, 2):
+        interrupted(tmp_path, 4, seed=seed)
+    weights = [
+        read_checkpoint(tmp_path / f"iter_3.pth{end}")["state_dict"]["llm.weight"]
+        for end in (".old1", ".old2", "")
+    ]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+
+
+def test_last_checkpoint_is_never_one_that_was_set_aside(tmp_path):
+    interrupted(tmp_path, 8)
+    assert (tmp_path / "last_checkpoint").read_text() == "iter_6.pth"
+    toy_runner(tmp_path, resume=tmp_path / "iter_3.pth")
+    assert (tmp_path / "last_checkpoint").read_text() == "iter_3.pth"
+    toy_runner(tmp_path)
+    assert not (tmp_path / "last_checkpoint").exists()
+
+
+def test_files_of_several_are_set_aside_under_one_number(tmp_path):
+    one, two, none = (tmp_path / name for name in ("one", "two", "none"))
+    one.mkdir()
+    two.write_text("new")
+    (tmp_path / "two.old1").write_text("old")
+    pairs = [(one, tmp_path / "one.old2"), (two, tmp_path / "two.old2")]
+    assert set_aside([one, two, none]) == pairs
+    assert (tmp_path / "two.old1").read_text() == "old"
+    assert (tmp_path / "two.old2").read_text() == "new"
 
 
 def test_fresh_run_in_a_used_folder_is_not_mixed_up_with_the_old_one(tmp_path):
     toy_runner(tmp_path, hooks=[EVERY_3]).train()
     interrupted(tmp_path, 2, seed=5)
     assert find_checkpoints(tmp_path) == []
-    assert (tmp_path / "iter_12.pth.old").exists()
+    assert (tmp_path / "iter_12.pth.old1").exists()
     assert not (tmp_path / "weights.safetensors").exists()
     assert len(read_scalars(tmp_path / "scalars.jsonl")) == 2
     assert toy_runner(tmp_path, resume=True).iter == 0
@@ -202,6 +233,40 @@ def test_changed_parameter_groups_are_refused_and_changed_values_taken(tmp_path)
     now = runner.optim_wrapper.optimizer.param_groups[0]["lr"]
     assert now == pytest.approx(1e-4 * runner.param_schedulers[0].factor(3))
     assert "+lr = 1e-4" in (tmp_path / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ({"type": "Adam"}, r"its optimizer is AdamW\(amsgrad=False\), the config asks for Adam\("),
+        ({"type": "AdamW", "amsgrad": True}, r"asks for AdamW\(amsgrad=True\)"),
+        (
+            {"type": "BF16AdamW", "moments": "float32"},
+            r"BF16AdamW\(master='low_half', moments='float32'\).*same optim_wrapper\.optimizer",
+        ),
+    ],
+)
+def test_another_optimizer_is_refused(tmp_path, optimizer, message):
+    interrupted(tmp_path, 4)
+    with pytest.raises(ValueError, match=message):
+        toy_runner(tmp_path, optim_wrapper={"optimizer": {"lr": 1e-2, **optimizer}}, resume=True)
+
+
+def test_another_size_of_a_step_is_refused(tmp_path):
+    interrupted(tmp_path, 4)
+    message = r"with 4 samples per step, now there are 8: .*batch_size.*accumulation.*processes"
+    with pytest.raises(ValueError, match=message):
+        toy_runner(tmp_path, dataloader=toy_dataloader(batch_size=4), resume=True)
+    same = toy_dataloader(batch_size=4, accumulation=1)
+    train_cfg = {"accumulation": 1}
+    assert toy_runner(tmp_path, dataloader=same, train_cfg=train_cfg, resume=True).iter == 3
+    assert "another order" not in (tmp_path / "train.log").read_text()
+
+
+def test_another_number_of_samples_is_told(tmp_path):
+    interrupted(tmp_path, 4)
+    toy_runner(tmp_path, dataloader=toy_dataloader(ToyDataset(30)), resume=True)
+    assert "on 40 samples, now there are 30" in (tmp_path / "train.log").read_text()
 
 
 def test_stage_two_starts_from_the_weights_of_stage_one_in_one_process(tmp_path):
@@ -260,6 +325,27 @@ def test_torn_scalar_line_is_dropped(tmp_path):
         json.loads(line)["step"] for line in (tmp_path / "scalars.jsonl").read_text().splitlines()
     ]
     assert steps == list(range(1, 13))
+
+
+def test_torn_line_of_the_bad_samples_is_listed_again(tmp_path):
+    def dataloader():
+        return toy_dataloader(ToyDataset(bad=tuple(range(0, 40, 3))))
+
+    def listed():
+        lines = (tmp_path / "bad_samples.jsonl").read_text().splitlines()
+        return [json.loads(line)["id"] for line in lines]
+
+    interrupted(tmp_path, 5, dataloader=dataloader())
+    first = listed()
+    assert len(first) > 2
+    path = tmp_path / "bad_samples.jsonl"
+    path.write_text(path.read_text()[:-10])
+    for step in (7, 9):  # the second resume reads what the first has written behind the torn line
+        with pytest.raises(KeyboardInterrupt):
+            hooks = [EVERY_3, StopAt(step)]
+            toy_runner(tmp_path, dataloader=dataloader(), hooks=hooks, resume=True).train()
+        assert len(listed()) == len(set(listed()))
+        assert set(first[:-1]) <= set(listed())
 
 
 def test_weights_of_another_kind_of_file(tmp_path):

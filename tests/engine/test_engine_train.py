@@ -1,15 +1,20 @@
 """Whole runs on the miniature: two stages, resume, results, bad data."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from toy_training import ToyModel, toy_runner
 
 from covft.checkpoints import load_run
+from covft.checkpoints.run import build_model
 from covft.config import load_config
+from covft.engine import train as train_module
 from covft.engine.preflight import check_run
 from covft.engine.results import evaluate_run
 from covft.engine.scalars_hook import ScalarsHook, read_scalars
@@ -43,6 +48,44 @@ def test_two_stages_and_their_results(tiny_options, tmp_path: Path) -> None:
     assert (work_dir / "finetune" / "loss_curve.png").stat().st_size > 1000
     log = (work_dir / "finetune" / "train.log").read_text()
     assert "training sample 0" in log and "generations after 0 steps" in log and "«" in log
+
+
+def test_a_stage_leaves_no_model_behind(
+    tiny_options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The optimizer has the parameters and nothing else of the model.
+    parts: list[weakref.ref] = []
+
+    def assert_freed() -> None:
+        assert [part() for part in parts] == [None] * len(parts)
+
+    def build(*args, **kwargs):
+        assert_freed()
+        model = build_model(*args, **kwargs)
+        parts.extend([weakref.ref(model), weakref.ref(next(model.projector.parameters()))])
+        return model
+
+    monkeypatch.setattr(train_module, "build_model", build)
+    monkeypatch.setattr(train_module, "load_run", lambda _: assert_freed())
+    monkeypatch.setattr(train_module, "evaluate_run", lambda *args, **kwargs: None)
+    gc.disable()  # by luck, it would be freed without our doing
+    try:
+        run(tiny_options, tmp_path)
+    finally:
+        gc.enable()
+    assert len(parts) == 4
+
+
+def test_a_closed_runner_holds_nothing(tmp_path: Path) -> None:
+    model = ToyModel()
+    part = weakref.ref(model.llm.weight)
+    runner = toy_runner(tmp_path, model=model, max_iters=4)
+    runner.train()
+    del model
+    runner.close()
+    gc.collect()
+    assert part() is None
+    assert runner.hooks == []
 
 
 def test_stage_two_starts_from_stage_one(tiny_options, tmp_path: Path) -> None:

@@ -120,17 +120,17 @@ class ToySampler:
         self.start_step = 0
 
     @property
-    def per_step(self) -> int:
+    def step_size(self) -> int:
         return self.batch_size * self.accumulation * self.world_size
 
     @property
     def steps_per_epoch(self) -> float:
-        return self.size / self.per_step
+        return self.size / self.step_size
 
     def __iter__(self):
         step = self.start_step
         while True:
-            indices = [self._sample(step * self.per_step + i) for i in range(self.per_step)]
+            indices = [self._sample(step * self.step_size + i) for i in range(self.step_size)]
             own = indices[self.rank :: self.world_size]
             for start in range(0, len(own), self.batch_size):
                 yield own[start : start + self.batch_size]
