@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers_for_tests import bert_tokenizer, llama_tokenizer
 
 from covft.config import CONFIG_ROOT, config_text, load_config, stage_configs
 from covft.datasets.sampler import StepBatchSampler
-from covft.engine import CosineWarmup
+from covft.engine import BF16AdamW, CosineWarmup
 from covft.engine.data import build_dataloader
 from covft.engine.loop import TrainLoop
+from covft.engine.state_memory import training_memory
 from covft.models import CLIP, MLLM, Phi3, Vicuna
 from covft.models.abstract import abstract_model, parameter_counts
 from covft.models.text_encoder import LLMEmbeddings
@@ -168,7 +170,9 @@ def test_settings_are_those_of_internvl2() -> None:
         )
 
 
-@pytest.mark.parametrize("recipe", [name for name in LLAVA if name != "llava15_7b_qlora"])
+@pytest.mark.parametrize(
+    "recipe", [name for name in LLAVA if name not in ("llava15_7b_qlora", "llava15_7b_covft_80gb")]
+)
 def test_recipes_differ_in_the_method_alone(recipe: str) -> None:
     label = re.sub(r"^llava15_\d+b_", "", recipe)
     encoder = next((e for e in ("siglip", "dinov3") if e in recipe), None)
@@ -193,6 +197,66 @@ def test_qlora_tunes_a_quantised_llm_by_updates() -> None:
     }
     assert len(trained) == 32 * 7 * 2 and all(".lora_" in name for name in trained)
     assert last.optim_wrapper.lr == {"llm": 2e-4, "vision": "method"}
+
+
+def test_one_gpu_takes_the_steps_of_eight() -> None:
+    """The recipe for 80 GB: samples of a step, method and rates as elsewhere; bytes as it says."""
+    pytest.importorskip("bitsandbytes")
+    one, eight = stages_of("llava15_7b_covft_80gb"), stages_of("llava15_7b_covft")
+    for name in ("pretrain", "finetune"):
+        here, there = one[name], eight[name]
+        samples = here.train_dataloader.batch_size * here.train_cfg.accumulation
+        assert samples == there.train_dataloader.batch_size * PROCESSES
+        assert here.train_dataloader.pack and here.compile is True
+        optimizer, other = dict(here.optim_wrapper.optimizer), there.optim_wrapper.optimizer
+        assert optimizer.pop("type") is BF16AdamW and optimizer.pop("compile")
+        assert optimizer == {key: value for key, value in other.items() if key != "type"}
+        for key in ("train_dataset", "param_scheduler"):
+            assert here[key] == there[key]
+        assert here.model.vision.vft == there.model.vision.vft
+    assert one["finetune"].optim_wrapper.lr == eight["finetune"].optim_wrapper.lr
+    memory = training_memory(one["finetune"], tokens=8 * (576 + 308), images=8)
+    kept = ("weights", "gradients", "low_half", "moments")
+    page = (CONFIG_ROOT / "llava15_7b_covft_80gb.py").read_text()
+    for key in (*kept, "activation_budget"):
+        assert f" {memory[key] / 1e9:.2f}" in page, key
+    assert f" {sum(memory[key] for key in kept) / 1e9:.2f}" in page
+    assert f"would take {memory['block_inputs'] / 1e9:.1f}" in page
+    # 81,559 MiB, of which the driver keeps some.
+    left = 84e9 - sum(memory[key] for key in (*kept, "activation_budget"))
+    assert left == pytest.approx(14e9, rel=0.05)
+    first = training_memory(one["pretrain"], tokens=32 * (576 + 30), images=32)
+    del first["block_inputs"]  # part of the budget
+    assert sum(first.values()) < 60e9
+
+
+def test_the_recipe_for_one_gpu_trains_when_shrunk(tmp_path: Path, monkeypatch) -> None:
+    from covft.engine.train import train
+
+    loader = {"batch_size": 2, "num_workers": 0}
+    optimizer = {"moments": "float32", "compile": False}
+    cfg = load_config(
+        "llava15_7b_covft_80gb",
+        {
+            "train_dataloader": loader,
+            "train_cfg": {"accumulation": 2},
+            "optim_wrapper.optimizer": optimizer,
+            "stages.pretrain.train_dataloader": loader,
+            "stages.pretrain.train_cfg": {"accumulation": 1},
+            "stages.pretrain.optim_wrapper.optimizer": optimizer,
+            "compile": {"_delete_": True, "backend": "aot_eager", "fullgraph": True},
+        },
+    )
+    _shrink(cfg, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    _write_llava_data(tmp_path / "data")
+    train(cfg, work_dir=tmp_path / "run")
+    for stage, steps in (("pretrain", 3), ("finetune", 2)):
+        lines = (tmp_path / "run" / stage / "scalars.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["loss"] for line in lines]
+        assert len(losses) == steps and all(0 < loss < 10 for loss in losses)
+        weights = load_file(tmp_path / "run" / stage / "weights.safetensors")
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
 def test_bases_differ_in_encoder_or_llm_alone() -> None:

@@ -1,18 +1,69 @@
 """Measure speed and memory; prints a table, and as the last line all figures as JSON."""
 
 import argparse
+import importlib
 import sys
+
+#: What covft imports, and what is to be installed for it.
+_PACKAGES = {
+    "torch": "torch",
+    "transformers": "transformers",
+    "mmengine": "mmengine",
+    "cv2": "opencv-python",
+    "PIL": "pillow",
+    "safetensors": "safetensors",
+    "huggingface_hub": "huggingface-hub",
+    "filelock": "filelock",
+    "orjson": "orjson",
+    "rich": "rich",
+    "covft": "covft itself (`pip install -e .`, or PYTHONPATH=. in the repository)",
+}
+
+
+def check_packages() -> None:
+    """End with a list of what can't be imported, all of it at once."""
+    missing = []
+    for module, package in _PACKAGES.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            missing.append(f"{package}: {error}")
+    if missing:
+        sys.exit("error: packages are missing:\n  " + "\n  ".join(missing))
 
 
 def main() -> None:
     """Run the command line."""
-    from covft.perf import comoe
+    check_packages()
+    from covft.perf import (
+        checkpointing,
+        comoe,
+        data,
+        gpu_suite,
+        inference,
+        lmloss,
+        optim,
+        packing,
+        train,
+        vit_step,
+    )
     from covft.perf.timing import json_line, reuse_memory
 
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
-    for module in (comoe,):
-        name = module.__name__.rpartition(".")[2]
+    for module in (
+        comoe,
+        lmloss,
+        checkpointing,
+        optim,
+        vit_step,
+        train,
+        inference,
+        packing,
+        data,
+        gpu_suite,
+    ):
+        name = module.__name__.rpartition(".")[2].replace("_", "-")
         command = commands.add_parser(
             name,
             help=(module.__doc__ or "").partition("\n")[0],
@@ -33,6 +84,8 @@ def main() -> None:
     result = args.module.run(args)
     print(args.module.table(result))
     print(json_line(result))
+    if result.get("failed"):
+        sys.exit(f"error: parts that failed or have no result: {', '.join(result['failed'])}")
 
 
 if __name__ == "__main__":
