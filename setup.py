@@ -25,6 +25,7 @@ setup(
     package_data={"covft": ["py.typed"]},
     install_requires=read_requirements("runtime"),
     extras_require={
-        name: read_requirements(name) for name in ("train", "quickstart", "tests", "dev")
+        name: read_requirements(name) for name in ("train", "quickstart", "eval", "tests", "dev")
     },
+    entry_points={"lmms_eval.models": ["covft = covft.interop.lmms_eval:manifest"]},
 )

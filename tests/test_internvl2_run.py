@@ -129,7 +129,7 @@ class _Colors(Benchmark):
     name = "colors"
     max_new_tokens = 4
 
-    def items(self) -> list[Item]:
+    def read_items(self) -> list[Item]:
         question = "what color is the shape?"
         return [Item(name, question, "blue", (f"data/{name}.png",)) for name in IMAGES]
 
@@ -168,7 +168,13 @@ def test_it_trains_resumes_loads_and_answers(train, monkeypatch, tmp_path: Path)
         answers[name] = session.ask("what color is the shape?", max_new_tokens=4)
         assert rows.pop() == squares
     result = evaluate(
-        run.model, run.spec, _Colors(), tmp_path, weights_id="x", resize=run.resize, batch_size=3
+        run.model,
+        run.spec,
+        _Colors(root="data"),
+        tmp_path,
+        weights_id="x",
+        resize=run.resize,
+        batch_size=3,
     )
     lines = result.predictions.read_text().splitlines()[1:]
     assert {r["id"]: r["prediction"] for r in map(json.loads, lines)} == answers

@@ -39,6 +39,7 @@ def main() -> None:
         checkpointing,
         comoe,
         data,
+        evaluation,
         gpu_suite,
         inference,
         lmloss,
@@ -61,6 +62,7 @@ def main() -> None:
         inference,
         packing,
         data,
+        evaluation,
         gpu_suite,
     ):
         name = module.__name__.rpartition(".")[2].replace("_", "-")

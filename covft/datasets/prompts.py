@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,12 @@ def collate_prompts(
         spec: The model's side.
         resize: How images become squares, a run's ``resize``; None is the encoder's own way.
     """
-    batch = Collator(spec)([_sample(prompt, spec, resize) for prompt in prompts])
+    return collate_samples([_sample(prompt, spec, resize) for prompt in prompts], spec)
+
+
+def collate_samples(samples: Sequence[Sample], spec: InputSpec) -> dict[str, Any]:
+    """Return what :func:`collate_prompts` does, for samples of :func:`prompt_sample`."""
+    batch = Collator(spec)(samples)
     return {key: value for key, value in batch.items() if key not in ("labels", "bad_samples")}
 
 
@@ -59,8 +64,7 @@ def prompt_batch(
     resize: Resizing = None,
 ) -> dict[str, Any]:
     """Return what :func:`collate_prompts` does, on a device."""
-    batch = collate_prompts(prompts, spec, resize=resize)
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return _on_device(collate_prompts(prompts, spec, resize=resize), device)
 
 
 def generate_answers(
@@ -82,12 +86,28 @@ def generate_answers(
         resize: How images become squares, a run's ``resize``; None is the encoder's own way.
         feature_cache: Kept by the caller where several batches ask about the same images.
     """
-    batch = prompt_batch(prompts, spec, device=model.device, resize=resize)
-    stops = spec.template.stop_token_ids(spec.tokenizer)
-    new_ids = model.generate(
-        **batch, feature_cache=feature_cache, max_new_tokens=max_new_tokens, eos_token_id=stops
+    batch = collate_prompts(prompts, spec, resize=resize)
+    new_ids = generate_tokens(
+        model, batch, spec, max_new_tokens=max_new_tokens, feature_cache=feature_cache
     )
     return [answer_text(ids, spec.tokenizer) for ids in new_ids]
+
+
+def generate_tokens(
+    model: MLLM,
+    batch: Mapping[str, Any],
+    spec: InputSpec,
+    *,
+    max_new_tokens: int,
+    feature_cache: FeatureCache | None = None,
+) -> list[list[int]]:
+    """Return the token ids of a model's answers to a batch of :func:`collate_samples`, greedily."""
+    return model.generate(
+        **_on_device(batch, model.device),
+        feature_cache=feature_cache,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=spec.template.stop_token_ids(spec.tokenizer),
+    )
 
 
 def blank_like(image: Image.Image) -> Image.Image:
@@ -95,8 +115,14 @@ def blank_like(image: Image.Image) -> Image.Image:
     return Image.new("RGB", image.size, (128, 128, 128))
 
 
-def _sample(prompt: Prompt, spec: InputSpec, resize: Resizing) -> Sample:
-    pixels = squares(prompt.images, spec.image, resize=resize)
+def prompt_sample(prompt: Prompt, pixels: Sequence[Tensor], spec: InputSpec) -> Sample:
+    """Return a prompt as the collator takes it.
+
+    Args:
+        prompt: What to ask; its ``images`` aren't looked at.
+        pixels: The images as squares, of :func:`covft.datasets.tiling.squares`.
+        spec: The model's side.
+    """
     input_ids = encode_prompt(
         prompt.turns,
         template=spec.template,
@@ -112,3 +138,11 @@ def _sample(prompt: Prompt, spec: InputSpec, resize: Resizing) -> Sample:
         context_text=context_text(prompt.turns) if prompt.context is None else prompt.context,
         num_truncated=0,
     )
+
+
+def _sample(prompt: Prompt, spec: InputSpec, resize: Resizing) -> Sample:
+    return prompt_sample(prompt, squares(prompt.images, spec.image, resize=resize), spec)
+
+
+def _on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}

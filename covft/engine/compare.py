@@ -25,6 +25,7 @@ from covft.config import (
     stage_text,
 )
 from covft.engine.preflight import check_run
+from covft.engine.result_tables import first_score, num_questions, score_cells, train_time
 from covft.engine.results import read_results
 from covft.engine.scalars_hook import SCALARS_NAME
 from covft.engine.train import TIMING_NAME, train
@@ -146,24 +147,18 @@ def share_stages(cfg: Config, work_dir: Path, others: Sequence[Path]) -> list[st
 
 def methods_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the results of runs, by method, as a Markdown table, the best first."""
-    metrics = sorted(
-        {key for found in results.values() for key in found if key.endswith("accuracy")},
-        key=lambda key: (key != "accuracy", key),
-    )
+    headers, score_columns = score_cells(results)
     lines = [
-        f"| method | {' | '.join(key.replace('_', ' ') for key in metrics)} | questions |"
-        " trainable in vision | training |",
-        "|---|" + "---|" * (len(metrics) + 3),
+        f"| method | {' | '.join(headers)} | questions | trainable in vision | training |",
+        "|---|" + "---|" * (len(headers) + 3),
     ]
-    for method, found in sorted(results.items(), key=lambda row: -row[1]["accuracy"]):
-        scores = [found.get(key) for key in metrics]
-        cells = ["-" if score is None else f"{score:.1%}" for score in scores]
+    for method, found in sorted(results.items(), key=lambda row: -first_score(row[1])):
         vision = found.get("trainable_parameters", {}).get("vision")
-        seconds = found["train_seconds"]
-        cells += [
-            str(found["num_questions"]),
+        cells = [
+            *score_columns[method],
+            str(num_questions(found)),
             "-" if vision is None else f"{vision:,}",
-            "-" if seconds is None else f"{seconds:.0f} s",
+            train_time(found),
         ]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -209,8 +204,9 @@ def _text_without_method(cfg: Config) -> str:
     cfg.merge_from_dict({_VFT_KEY: {"_delete_": True, "type": ""}})
     seed = cfg.get("seed", 0)
     texts = [stage_text(stage, seed=seed) for _, stage in stage_configs(cfg)]
-    benchmark = (cfg.to_dict().get("evaluation") or {}).get("benchmark")
-    return "".join([*texts, config_text(Config({"benchmark": benchmark}))])
+    evaluation = cfg.to_dict().get("evaluation") or {}
+    benchmarks = {key: evaluation.get(key) for key in ("benchmark", "benchmarks", "data_root")}
+    return "".join([*texts, config_text(Config(benchmarks))])
 
 
 def _has_trained(run: Path, names: Sequence[str], texts: Sequence[str]) -> bool:

@@ -5,21 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmengine.logging import print_log
-from PIL import Image
 
-from covft.conversation import IMAGE_TOKEN
-from covft.datasets.prompts import Prompt, blank_like, generate_answers
+from covft.checkpoints.atomic import atomic_write_text
+from covft.datasets.prompts import generate_tokens
 from covft.datasets.spec import InputSpec
+from covft.datasets.streaming import answer_text
 from covft.datasets.tiling import Resizing, Tiles
-from covft.datasets.transforms import load_image
 from covft.evaluation.benchmark import Benchmark, Item
-from covft.evaluation.predictions import Predictions
+from covft.evaluation.loading import BatchLoader, PreparedBatch
+from covft.evaluation.predictions import (
+    PredictionWriter,
+    Record,
+    asked_digests,
+    gather,
+    load,
+    only_writer,
+    read_fingerprint,
+    shard_path,
+)
+from covft.evaluation.progress import InferenceProgress
+from covft.evaluation.sharding import Ranks, share
 from covft.models.mllm import MLLM
 from covft.models.vision.feature_cache import DEFAULT_MAX_BYTES, FeatureCache
 
@@ -31,14 +44,31 @@ class EvaluationResult:
     Attributes:
         metrics: The benchmark's metrics.
         num_items: How many items were scored.
-        unreadable: Items whose images couldn't be read, with the reason; they count as wrong.
+        unreadable: Items that couldn't be asked, with the reason; they count as wrong.
+        empty: Items whose answer is empty; they count as wrong, too.
         predictions: The file of answers.
+        fingerprint: What the file says that its answers belong to.
     """
 
     metrics: dict[str, float]
     num_items: int
     unreadable: dict[str, str]
+    empty: tuple[str, ...]
     predictions: Path
+    fingerprint: Mapping[str, str]
+
+
+@dataclass
+class Effort:
+    """What calls of :func:`infer` did.
+
+    Attributes:
+        kept: Answers that were there before.
+        seconds: How long this process answered questions.
+    """
+
+    kept: int = 0
+    seconds: float = 0.0
 
 
 def evaluate(
@@ -48,16 +78,69 @@ def evaluate(
     work_dir: Path,
     *,
     weights_id: str,
+    identity: Mapping[str, str] | None = None,
     batch_size: int = 32,
     blank_images: bool = False,
     resize: Resizing = None,
     tag: str = "",
     feature_cache_bytes: int = DEFAULT_MAX_BYTES,
 ) -> EvaluationResult:
-    """Answer a benchmark's questions by greedy generation, and score the answers.
+    """Answer a benchmark's questions with one process (:func:`infer`), and score the answers.
+
+    Args:
+        model: As for :func:`infer`; likewise the others.
+        spec: See there.
+        benchmark: See there.
+        work_dir: See there.
+        weights_id: See there.
+        identity: See there.
+        batch_size: See there.
+        blank_images: See there.
+        resize: See there.
+        tag: See there.
+        feature_cache_bytes: See there.
+
+    Raises:
+        ValueError: As :func:`infer`.
+    """
+    path = infer(
+        model,
+        spec,
+        benchmark,
+        work_dir,
+        weights_id=weights_id,
+        identity=identity,
+        batch_size=batch_size,
+        blank_images=blank_images,
+        resize=resize,
+        tag=tag,
+        feature_cache_bytes=feature_cache_bytes,
+    )
+    return score_predictions(benchmark, path, expected={"weights": weights_id})
+
+
+def infer(
+    model: MLLM,
+    spec: InputSpec,
+    benchmark: Benchmark,
+    work_dir: Path,
+    *,
+    weights_id: str,
+    identity: Mapping[str, str] | None = None,
+    batch_size: int = 32,
+    blank_images: bool = False,
+    resize: Resizing = None,
+    tag: str = "",
+    feature_cache_bytes: int = DEFAULT_MAX_BYTES,
+    ranks: Ranks | None = None,
+    effort: Effort | None = None,
+) -> Path:
+    """Answer a benchmark's questions by greedy generation.
 
     Answers are written as they come, to ``predictions/<benchmark>.jsonl``; a killed run goes on
-    where it stopped. Answers of other weights, questions or prompts are put aside, never mixed in.
+    where it stopped, also with another number of processes. Answers of other weights, questions or
+    prompts are put aside, never mixed in. What can't be asked (a broken image) gets an empty answer
+    and its reason, and is tried again when inference is.
 
     Args:
         model: The model, in eval mode.
@@ -65,6 +148,7 @@ def evaluate(
         benchmark: The questions.
         work_dir: Where ``predictions/`` is written.
         weights_id: Identifies the weights, see :func:`weights_fingerprint`.
+        identity: What answers depend on besides, by names that a message can show.
         batch_size: Questions answered at a time.
         blank_images: Show mid-grey images instead: the blind baseline.
         resize: How images become squares, a run's ``resize``; None is the encoder's own way.
@@ -72,41 +156,111 @@ def evaluate(
         feature_cache_bytes: Memory for tokens of images that several questions are about, on the
             model's device; 0 encodes an image anew for every question. Results are equal up to the
             rounding that depends on how images are batched.
+        ranks: This process among those that share the work, all of which call this; by default it
+            is the only one.
+        effort: What the call does is added to it.
+
+    Returns:
+        The file of answers; with several processes, complete on process 0 alone.
 
     Raises:
-        ValueError: If ``feature_cache_bytes`` is negative, or too little for a single image.
+        ValueError: If ``batch_size`` isn't positive, ``feature_cache_bytes`` is negative or too
+            little for a single image, two items have one id, or another run is writing the file.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+    ranks = ranks or Ranks()
+    effort = effort or Effort()
     cache = FeatureCache(max_bytes=feature_cache_bytes) if feature_cache_bytes else None
-    per_image = resize.max_squares if isinstance(resize, Tiles) else 1
-    per_image *= model.vision.cached_bytes
-    max_images = None if cache is None else cache.max_bytes // per_image
-    items = benchmark.items()
-    name = benchmark.name + ("_blank" if blank_images else "") + tag
-    identity = json.dumps(
-        [weights_id, repr(spec.template), resize and str(resize), benchmark.max_new_tokens]
-        + [[item.id, item.question, item.context, item.images] for item in items]
-    )
-    fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-    with Predictions(work_dir / "predictions" / f"{name}.jsonl", fingerprint) as predictions:
-        todo = answering_order(
-            [item for item in items if item.id not in predictions.answers], max_images=max_images
+    fingerprint = {
+        "weights": weights_id,
+        **(identity or {}),
+        "template": repr(spec.template),
+        "resize": str(resize),
+        "images": "grey" if blank_images else "shown",
+        "max_new_tokens": str(benchmark.max_new_tokens),
+    }
+    asked = asked_digests(benchmark)
+    path = predictions_path(work_dir, benchmark, blank_images=blank_images, tag=tag)
+    with only_writer(path) if ranks.rank == 0 else nullcontext():
+        if ranks.rank == 0:
+            gather(path, fingerprint, asked, keep_errors=False)
+        ranks.wait()
+        # Without the parts: other processes may be writing theirs already.
+        done = load(path, fingerprint, asked, with_parts=False)
+        effort.kept += sum(item.id in done for item in benchmark.items())
+        todo = [item for item in benchmark.items() if item.id not in done]
+        mine = share(todo, rank=ranks.rank, world_size=ranks.world_size)
+        loader = BatchLoader(
+            answering_order(mine, max_images=_max_images(model, cache, resize)),
+            benchmark,
+            spec,
+            batch_size=batch_size,
+            blank_images=blank_images,
+            resize=resize,
         )
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            _answer(model, spec, batch, benchmark, predictions, blank_images, resize, cache)
-            done, before = len(predictions.answers), len(predictions.answers) - len(batch)
-            if done * 4 // len(items) > before * 4 // len(items):
-                print_log(f"{name}: {done} of {len(items)} questions answered", logger="current")
-        answers, unreadable = dict(predictions.answers), dict(predictions.errors)
+        own = shard_path(path, rank=ranks.rank, world_size=ranks.world_size)
+        bar = _progress(path.stem, len(mine), len(done), ranks)
+        with PredictionWriter(own, fingerprint) as writer, bar:
+            started = time.perf_counter()
+            for batch in loader:
+                answers = _answers(model, spec, batch, benchmark, loader, cache)
+                writer.add(_records(batch, answers, asked))
+                bar.advance(len(batch.ids) + len(batch.errors))
+                if batch.ids:
+                    effort.seconds += time.perf_counter() - started
+                started = time.perf_counter()
+        ranks.wait()
+        if ranks.rank == 0:
+            gather(path, fingerprint, asked, keep_errors=True)
+    return path
+
+
+def predictions_path(
+    work_dir: Path, benchmark: Benchmark, *, blank_images: bool = False, tag: str = ""
+) -> Path:
+    """Return the file of a benchmark's answers."""
+    blank = "_blank" if blank_images else ""
+    return work_dir / "predictions" / f"{benchmark.name}{blank}{tag}.jsonl"
+
+
+def score_predictions(
+    benchmark: Benchmark, path: Path, *, expected: Mapping[str, str]
+) -> EvaluationResult:
+    """Score a file of answers; needs no model.
+
+    Args:
+        benchmark: The questions.
+        path: The file, see :func:`predictions_path`.
+        expected: Parts of the file's fingerprint that must be these.
+
+    Raises:
+        ValueError: If the file is missing, belongs to something else or lacks answers.
+    """
+    fingerprint = read_fingerprint(path)
+    records = load(path, expected, asked_digests(benchmark))
+    answers = {record.id: record.prediction for record in records.values()}
+    benchmark.check_complete(answers)
+    unreadable = {r.id: r.error for r in records.values() if r.error is not None}
+    asked = (record for record in records.values() if record.error is None)
+    empty = tuple(record.id for record in asked if not record.prediction.strip())
     if unreadable:
         first = next(iter(unreadable.items()))
         print_log(
-            f"{name}: {len(unreadable)} items couldn't be read and count as wrong, listed in "
-            f"{predictions.path}; the first is '{first[0]}': {first[1]}",
+            f"{path.stem}: {len(unreadable)} items couldn't be asked and count as wrong, listed in "
+            f"{path}; the first is '{first[0]}': {first[1]}",
             logger="current",
             level=logging.WARNING,
         )
-    return EvaluationResult(benchmark.score(answers), len(items), unreadable, predictions.path)
+    if empty:
+        print_log(
+            f"{path.stem}: {len(empty)} answers are empty and count as wrong; the first is that "
+            f"to '{empty[0]}'",
+            logger="current",
+            level=logging.WARNING,
+        )
+    metrics = benchmark.score(answers)
+    return EvaluationResult(metrics, len(answers), unreadable, empty, path, fingerprint)
 
 
 def answering_order(items: Sequence[Item], *, max_images: int | None) -> list[Item]:
@@ -140,51 +294,69 @@ def answering_order(items: Sequence[Item], *, max_images: int | None) -> list[It
     return ordered
 
 
-def weights_fingerprint(files: Sequence[Path]) -> str:
-    """Return a digest of weights files' contents."""
+def weights_fingerprint(files: Sequence[Path], *, remembered: Path | None = None) -> str:
+    """Return a digest of weights files' contents.
+
+    Args:
+        files: The files.
+        remembered: A JSON file in which the digest is kept, together with the files' sizes and
+            times, so that unchanged ones needn't be read again.
+    """
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    known = json.loads(json.dumps(stats))
+    if remembered is not None and remembered.is_file():
+        held = json.loads(remembered.read_text(encoding="utf-8"))
+        if held["files"] == known:
+            return str(held["digest"])
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
+    if remembered is not None:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        content = {"files": known, "digest": digest.hexdigest()}
+        atomic_write_text(remembered, json.dumps(content, indent=1) + "\n")
     return digest.hexdigest()
 
 
-def _answer(
+def _max_images(model: MLLM, cache: FeatureCache | None, resize: Resizing) -> int | None:
+    if cache is None:
+        return None
+    per_image = resize.max_squares if isinstance(resize, Tiles) else 1
+    return cache.max_bytes // (per_image * model.vision.cached_bytes)
+
+
+def _progress(name: str, num_mine: int, num_done: int, ranks: Ranks) -> InferenceProgress:
+    if ranks.world_size == 1:
+        return InferenceProgress(name, total=num_done + num_mine, done=num_done)
+    name = f"{name} (process 0 of {ranks.world_size})"
+    return InferenceProgress(name, total=num_mine, shown=ranks.rank == 0)
+
+
+def _answers(
     model: MLLM,
     spec: InputSpec,
-    items: Sequence[Item],
+    batch: PreparedBatch,
     benchmark: Benchmark,
-    predictions: Predictions,
-    blank_images: bool,
-    resize: Resizing,
+    loader: BatchLoader,
     cache: FeatureCache | None,
-) -> None:
-    prompts = []
-    for item in items:
-        try:
-            images = [load_image(path) for path in item.images]
-            if IMAGE_TOKEN in item.question:
-                raise ValueError(f"the question holds a literal {IMAGE_TOKEN}")
-        except ValueError as error:
-            predictions.add(item.id, "", error=str(error))
-            continue
-        prompts.append(_prompt(item, [blank_like(i) for i in images] if blank_images else images))
-    if not prompts:
-        return
-    answers = generate_answers(
+) -> list[str]:
+    if not batch.ids:
+        return []
+    rows = generate_tokens(
         model,
-        prompts,
+        batch.inputs,
         spec,
         max_new_tokens=benchmark.max_new_tokens,
-        resize=resize,
         feature_cache=cache,
     )
-    for prompt, answer in zip(prompts, answers, strict=True):
-        predictions.add(prompt.id, answer)
+    with loader.tokenizer_lock:
+        return [answer_text(ids, spec.tokenizer) for ids in rows]
 
 
-def _prompt(item: Item, images: Sequence[Image.Image]) -> Prompt:
-    turns = [{"from": "human", "value": "<image>\n" * len(images) + item.question}]
-    context = item.question if item.context is None else item.context
-    return Prompt(item.id, turns, images, context)
+def _records(
+    batch: PreparedBatch, answers: Sequence[str], asked: Mapping[str, str]
+) -> list[Record]:
+    found = [Record(i, asked[i], text) for i, text in zip(batch.ids, answers, strict=True)]
+    return found + [Record(i, asked[i], "", reason) for i, reason in batch.errors.items()]

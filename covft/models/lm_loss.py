@@ -3,8 +3,9 @@
 The logits of one LLaVA-1.5 sample (884 positions, 32,000 words) take 113 MB in float32, and a
 plain cross-entropy holds three arrays of that size at its peak; but only the answers' positions,
 one in six, have a loss. Here the supervised positions are taken a chunk at a time: logits, their
-loss and their gradient, which is known up to the loss's own, a factor, so that the forward pass can already
-take it on to hidden states and weight. Nothing is computed twice, and one chunk's logits are alive.
+loss and their gradient, which is known up to the loss's own, a factor, so that the forward pass
+can already take it on to hidden states and weight. Nothing is computed twice, and one chunk's
+logits are alive.
 (The idea is that of Liger Kernel's fused linear cross-entropy, Hsu et al., 2024, arXiv 2410.10989,
 in plain PyTorch.)
 """

@@ -69,7 +69,8 @@ def test_the_quickstart_runs_with_each_method_by_one_override(tiny_options, tmp_
     for method in all_methods():
         folder = tmp_path / method
         results = json.loads((folder / "results.json").read_text())
-        assert results["num_questions"] == 4 and 0 <= results["accuracy"] <= 1, method
+        entry = results["benchmarks"]["easy_vqa"]
+        assert entry["num_items"] == 4 and 0 <= entry["metrics"]["accuracy"] <= 100, method
         trained = results["trainable_parameters"]["vision"]
         assert (trained == 0) == (method == "Freeze"), method
         assert (folder / "pretrain" / "weights.safetensors").samefile(first), method
@@ -156,16 +157,35 @@ def test_a_config_that_scores_nothing(tiny_options, tmp_path: Path) -> None:
 
 
 def test_the_table_puts_the_best_first_and_marks_what_is_missing() -> None:
-    common = {"num_questions": 10, "train_seconds": None}
-    table = methods_table(
-        {
-            "Full": {**common, "accuracy": 0.5, "blind_accuracy": None},
-            "LoRA": {**common, "accuracy": 0.75, "trainable_parameters": {"vision": 1234}},
-        }
-    )
-    assert table.splitlines() == [
+    entry = {"title": "easy-VQA", "metric": "accuracy", "max_score": 100.0, "num_items": 10}
+    full, lora = ({**entry, "metrics": {"accuracy": score}} for score in (50.0, 75.0))
+    blind = {"blind_metrics": {"accuracy": 25.0}}
+    results = {
+        "Full": {"benchmarks": {"easy_vqa": {**full, **blind}}, "train_seconds": 7.4},
+        "LoRA": {"benchmarks": {"easy_vqa": lora}, "trainable_parameters": {"vision": 1234}},
+    }
+    assert methods_table(results).splitlines() == [
         "| method | accuracy | blind accuracy | questions | trainable in vision | training |",
         "|---|---|---|---|---|---|",
         "| LoRA | 75.0% | - | 10 | 1,234 | - |",
-        "| Full | 50.0% | - | 10 | - | - |",
+        "| Full | 50.0% | 25.0% | 10 | - | 7 s |",
+    ]
+
+
+def test_several_benchmarks_have_a_column_each() -> None:
+    mme = {"title": "MME-P", "metric": "perception", "max_score": 2000.0, "num_items": 4}
+    gqa = {"title": "GQA", "metric": "accuracy", "max_score": 100.0, "num_items": 6}
+    results = {
+        "Full": {
+            "benchmarks": {
+                "mme": {**mme, "metrics": {"perception": 1510.25}},
+                "gqa": {**gqa, "metrics": {"accuracy": 61.96}},
+            }
+        },
+        "LoRA": {"benchmarks": {"mme": {**mme, "metrics": {"perception": 1400.0}}}},
+    }
+    assert methods_table(results).splitlines()[0].startswith("| method | MME-P | GQA | questions |")
+    assert methods_table(results).splitlines()[2:] == [
+        "| Full | 1510.2 | 62.0% | 10 | - | - |",
+        "| LoRA | 1400.0 | - | 4 | - | - |",
     ]

@@ -37,8 +37,10 @@ def test_two_stages_and_their_results(tiny_options, tmp_path: Path) -> None:
     work_dir = tmp_path / "quickstart_covft"
     run(tiny_options, work_dir)
     results = json.loads((work_dir / "results.json").read_text())
-    assert results["num_questions"] == 10
-    assert 0 <= results["accuracy"] <= 1 and 0 <= results["blind_accuracy"] <= 1
+    entry = results["benchmarks"]["easy_vqa"]
+    assert entry["num_items"] == 10
+    assert 0 <= entry["metrics"]["accuracy"] <= 100
+    assert 0 <= entry["blind_metrics"]["accuracy"] <= 100
     assert 0 < results["train_seconds"] < results["total_seconds"]
     assert results["num_threads"] == torch.get_num_threads()
     assert results["weights_source"] == dict.fromkeys(("vision", "llm", "text_encoder"), "random")

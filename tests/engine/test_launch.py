@@ -199,5 +199,6 @@ def test_two_processes_train_and_score_a_config(tiny_options, tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     log = (tmp_path / "run/train.log").read_text()
     assert "2 steps on 2 x cpu, strategy fsdp2" in log
-    assert json.loads((tmp_path / "run/results.json").read_text())["num_questions"] > 0
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["benchmarks"]["easy_vqa"]["num_items"] > 0
     assert (tmp_path / "run/weights.safetensors").is_file()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 from covft.evaluation.benchmark import Benchmark, Item
@@ -25,33 +23,34 @@ class EasyVQA(Benchmark):
     """
 
     name = "easy_vqa"
+    title = "easy-VQA"
+    folder = "easy-VQA"
     max_new_tokens = 8
+    num_official = 9673
 
     def __init__(self, *, root: str | None = None, limit: int | None = None) -> None:
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be positive or None, got {limit}")
-        self.root = Path(dataset_root("easy-vqa") if root is None else root) / "test"
-        if not (self.root / "questions.json").is_file():
-            raise ValueError(f"easy-VQA: {self.root / 'questions.json'} not found")
-        self.limit = limit
+        super().__init__(root=str(dataset_root("easy-vqa")) if root is None else root, limit=limit)
+        if not self._questions.is_file():
+            raise ValueError(f"easy-VQA: {self._questions} not found")
 
-    @cached_property
-    def _items(self) -> list[Item]:
-        rows = json.loads((self.root / "questions.json").read_text(encoding="utf-8"))
+    def read_items(self) -> list[Item]:
+        """Return the questions in the order of the official file."""
+        images = self.root / "test" / "images"
+        rows = json.loads(self._questions.read_text(encoding="utf-8"))
         return [
             Item(
                 id=f"{index}",
                 question=question,
                 answer=answer,
-                images=(str(self.root / "images" / f"{image}.png"),),
+                images=(str(images / f"{image}.png"),),
             )
-            for index, (question, answer, image) in enumerate(rows[: self.limit])
+            for index, (question, answer, image) in enumerate(rows)
         ]
-
-    def items(self) -> Sequence[Item]:
-        """Return the questions in the order of the official file."""
-        return self._items
 
     def is_correct(self, prediction: str, item: Item) -> bool:
         """Compare without case, surrounding space and a final full stop."""
         return prediction.strip().rstrip(".").lower() == item.answer
+
+    @property
+    def _questions(self) -> Path:
+        return self.root / "test" / "questions.json"
