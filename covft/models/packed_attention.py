@@ -139,7 +139,8 @@ def check_bounds(cu_seqlens: Tensor, input_ids: Tensor, labels: Tensor) -> None:
 
 
 def _registered_name(attention: str) -> str:
-    return f"covft_packed_{attention}"
+    # Exported models bring a copy of this module, which must not take this one's place.
+    return f"{__name__.replace('.', '_')}_{attention}"
 
 
 @functools.cache

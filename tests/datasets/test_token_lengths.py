@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -81,7 +82,7 @@ def test_nothing_is_tokenised_twice(spec, records, measured):
 @pytest.mark.parametrize("what", ["tokenizer", "max_length", "records", "fraction"])
 def test_what_they_depend_on_makes_others(spec, records, measured, what):
     measured_sizes(InstructDataset(records, spec=spec))
-    other = byte_level_tokenizer()
+    other = copy.deepcopy(byte_level_tokenizer())  # other tests have the same one
     other.add_tokens(["what"])
     changes = {
         "tokenizer": dict(spec=dataclasses.replace(spec, tokenizer=other)),
@@ -167,7 +168,7 @@ def test_tokenizers_are_told_apart_by_what_they_do():
 
 
 def test_a_call_leaves_the_key_alone():
-    tokenizer = byte_level_tokenizer()
+    tokenizer = copy.deepcopy(byte_level_tokenizer())
     # What the backend keeps of a call; others at first sight, and on.
     key = tokenizer_key(tokenizer)
     tokenizer(["a", "a b c"], padding="max_length", truncation=True, max_length=2)

@@ -57,7 +57,7 @@ def gradients(model: MLLM, batch: dict) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("method", "checkpointing"),
-    [("full", False), ("full", "selective"), ("covft", 0.5)],
+    [("full", False), pytest.param("full", "selective", marks=pytest.mark.slow), ("covft", 0.5)],
 )
 def test_gradients_are_those_of_the_uncompiled_model(method, checkpointing, tiny_options) -> None:
     changes = {

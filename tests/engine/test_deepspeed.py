@@ -62,6 +62,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(engines, name):
 
 
 @needs_deepspeed
+@pytest.mark.slow
 @both_stages
 def test_offloaded_and_spoiled_steps_are_those_of_one_process(variants, name):
     logs = [read_scalars(path / "scalars.jsonl") for path in (variants / name, variants / "one")]
@@ -79,6 +80,7 @@ def test_offloaded_and_spoiled_steps_are_those_of_one_process(variants, name):
 
 
 @needs_deepspeed
+@pytest.mark.slow
 @both_stages
 def test_the_model_generates_between_steps(variants, name):
     ours, theirs = (
@@ -90,6 +92,7 @@ def test_the_model_generates_between_steps(variants, name):
 
 
 @needs_deepspeed
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2", "zero3_float32"])
 def test_bfloat16_is_that_of_replicas(variants, name):
     logs = [read_scalars(variants / "bf16" / n / "scalars.jsonl") for n in (name, "ddp")]
@@ -99,6 +102,7 @@ def test_bfloat16_is_that_of_replicas(variants, name):
 
 
 @needs_deepspeed
+@pytest.mark.slow
 def test_weights_gathered_in_bfloat16_train_alike(variants):
     logs = [read_scalars(variants / "bf16" / n / "scalars.jsonl") for n in ("zero3", "ddp")]
     losses = [[record["loss"] for record in log] for log in logs]

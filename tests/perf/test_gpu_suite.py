@@ -144,10 +144,11 @@ def test_finished_steps_of_an_unfinished_part_are_kept(
 
 
 SUITE = """
-import subprocess, sys
+import signal, subprocess, sys
 from pathlib import Path
 from covft.perf import gpu_suite
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it
 started = subprocess.Popen
 
 def start(command, **options):

@@ -358,7 +358,10 @@ def test_builds_on_the_meta_device(name: str, encoder: str) -> None:
     assert all(parameter.is_meta for parameter in tower.parameters())
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "CoVFT-sparse" else ()) for n in COMPILED],
+)
 def test_compiles(name: str) -> None:
     torch._dynamo.reset()
     # As few blocks as possible, for compiling takes seconds for each; QA-ViT's first is the third.
