@@ -111,14 +111,17 @@ def killed_while_saving(work_dir: Path, victim: int, moment: str, number: int) -
             SaveMoments(visit)
         train(work_dir, rank)
 
-    port = free_port()
-    children = [forked(lambda rank=rank: work(rank), rank, port) for rank in range(2)]
-    status = os.waitpid(children[victim], 0)[1]
+    for _ in range(3):  # the port may be another test's by the time that it is used
+        port = free_port()
+        children = [forked(lambda rank=rank: work(rank), rank, port) for rank in range(2)]
+        status = os.waitpid(children[victim], 0)[1]
+        # Without it, the other one fails or waits, as its launcher would see.
+        time.sleep(0.05)
+        os.kill(children[1 - victim], signal.SIGKILL)
+        os.waitpid(children[1 - victim], 0)
+        if os.WIFSIGNALED(status):
+            break
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
-    # Without it, the other one fails or waits, as its launcher would see.
-    time.sleep(0.05)
-    os.kill(children[1 - victim], signal.SIGKILL)
-    os.waitpid(children[1 - victim], 0)
 
 
 def trained(work_dir: Path) -> None:
