@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 #: Ending of files that are still being written; readers never look at them.
@@ -76,6 +76,23 @@ def remove_partial_files(folder: Path) -> list[Path]:
         else:
             leftover.unlink(missing_ok=True)
     return leftovers
+
+
+def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
+    """Rename what an earlier run has left, so that nothing takes it for this run's.
+
+    Args:
+        paths: Files and folders; those that don't exist are passed over.
+
+    Returns:
+        Old and new paths. The new ones end in ``.old1``, or in the next number that is free for
+        all of them: nothing is overwritten.
+    """
+    number = 1
+    while any(path.with_name(f"{path.name}.old{number}").exists() for path in paths):
+        number += 1
+    found = [path for path in paths if path.exists()]
+    return [(path, path.replace(path.with_name(f"{path.name}.old{number}"))) for path in found]
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -206,23 +206,6 @@ def together() -> Iterator[None]:
             raise ValueError(f"process {rank} can't go on: {other}")
 
 
-def set_aside(paths: Sequence[Path]) -> list[tuple[Path, Path]]:
-    """Rename what an earlier run has left, so that nothing takes it for this run's.
-
-    Args:
-        paths: Files and folders; those that don't exist are passed over.
-
-    Returns:
-        Old and new paths. The new ones end in ``.old1``, or in the next number that is free for
-        all of them: nothing is overwritten.
-    """
-    number = 1
-    while any(path.with_name(f"{path.name}.old{number}").exists() for path in paths):
-        number += 1
-    found = [path for path in paths if path.exists()]
-    return [(path, path.replace(path.with_name(f"{path.name}.old{number}"))) for path in found]
-
-
 def point_to_newest(work_dir: Path) -> None:
     """Make ``last_checkpoint`` name the newest checkpoint in a folder; without one, remove it."""
     checkpoints = find_checkpoints(work_dir)

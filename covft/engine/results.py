@@ -14,7 +14,7 @@ from filelock import FileLock
 from mmengine.logging import print_log
 from torch import nn
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.checkpoints.atomic import atomic_write_text, set_aside
 from covft.checkpoints.run import Run
 from covft.engine.evaluation import (
     Chosen,
@@ -29,10 +29,9 @@ from covft.engine.result_tables import comparison_table
 from covft.engine.subject import Subject
 from covft.evaluation.benchmarks import TWELVE
 from covft.evaluation.evaluate import Effort
-from covft.evaluation.report import markdown_report
+from covft.evaluation.report import RESULTS_NAME, markdown_report
 from covft.models.vision.feature_cache import DEFAULT_MAX_BYTES
 
-RESULTS_NAME = "results.json"
 #: What the benchmarks in one file have in common, of their answers' fingerprints.
 _SHARED = ("weights", "model", "precision")
 
@@ -250,10 +249,7 @@ def _total_seconds(
 
 
 def _set_aside(path: Path, differing: Sequence[str]) -> None:
-    number = 1
-    while (old := path.with_name(f"{path.name}.old{number}")).exists():
-        number += 1
-    path.replace(old)
+    ((_, old),) = set_aside([path])
     print_log(
         f"{path} holds results of other {' and '.join(differing)}; renamed to {old.name}",
         logger="current",

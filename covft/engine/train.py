@@ -13,14 +13,14 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, broadcast_object_list, is_main_process
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.checkpoints.atomic import atomic_write_text, set_aside
 from covft.checkpoints.run import build_model, load_run, load_start, stage_dir
 from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
 from covft.config import CONFIG_NAME, save_config, stage_configs, stage_text
 from covft.datasets.base import ConversationDataset
 from covft.datasets.collate import Collator
 from covft.datasets.spec import InputSpec
-from covft.engine.checkpoint_files import set_aside, together
+from covft.engine.checkpoint_files import together
 from covft.engine.checkpoint_hook import CheckpointHook
 from covft.engine.compile import compile_blocks
 from covft.engine.data import build_dataloader

@@ -24,7 +24,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 from mmengine.logging import print_log
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.checkpoints.atomic import atomic_write_text, set_aside
 from covft.config import changed_lines
 from covft.evaluation.benchmark import Benchmark, Item
 
@@ -353,12 +353,9 @@ def _other_questions(found: Iterable[Record], asked: Mapping[str, str]) -> str:
 
 
 def _set_aside(path: Path, differences: str) -> None:
-    number = 1
-    while (old := path.with_name(f"{path.name}.old{number}")).exists():
-        number += 1
+    ((_, old),) = set_aside([path])
     print_log(
         f"{path} doesn't hold answers to this; renamed to {old.name}:\n{differences}",
         logger="current",
         level=logging.WARNING,
     )
-    path.replace(old)

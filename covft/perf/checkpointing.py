@@ -23,7 +23,7 @@ from covft.models.checkpointing import Setting, saved_bytes
 from covft.models.llm import CausalLM
 from covft.models.vision.vit import ViT, ViTConfig
 from covft.perf.peak_memory import peak_memory
-from covft.perf.timing import conditions, interleaved_medians, num_threads
+from covft.perf.timing import check_device, conditions, interleaved_medians, num_threads
 
 _PATCH = 14
 
@@ -91,8 +91,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             "sizes must be at least 1 (--depth and --tokens 2) and --dim a multiple of 64, got "
             f"{settings}"
         )
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch finds no CUDA device; use --device cpu")
+    check_device(settings.device)
     with num_threads(settings.threads):
         return {
             "benchmark": "checkpointing",

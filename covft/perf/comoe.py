@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from covft.models.checkpointing import saved_bytes
 from covft.models.text_encoder import Context
 from covft.models.vision.vit import MLP, ViTConfig, activation
-from covft.perf.timing import conditions, interleaved_medians, num_threads
+from covft.perf.timing import check_device, conditions, interleaved_medians, num_threads
 from covft.vft.comoe import CoMoE, InferenceRouting
 
 #: CLIP's activation, in experts and residual blocks alike.
@@ -98,8 +98,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             f"--context-dim must be a multiple of CVE's {NUM_HEADS} heads, got "
             f"{settings.context_dim}"
         )
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch finds no CUDA device; use --device cpu")
+    check_device(settings.device)
     with num_threads(settings.threads):
         torch.manual_seed(0)
         errors = _errors(settings)

@@ -24,7 +24,7 @@ from covft.models.mllm import MLLM
 from covft.models.text_encoder import Context
 from covft.perf.contenders import Contenders, method_configs
 from covft.perf.synthetic import SampleShape, SyntheticDataset, shrunk
-from covft.perf.timing import conditions, interleaved_medians, num_threads
+from covft.perf.timing import check_device, conditions, interleaved_medians, num_threads
 from covft.vft.inference import comoe_layers, inference_routing
 
 _METHODS = ["CoVFT", "Freeze"]
@@ -63,10 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(
             "--rounds, --instruction and --threads must be at least 1, --new-tokens 2, --text 4"
         )
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda, but PyTorch finds no CUDA device; use --device cpu --shrink"
-        )
+    check_device(args.device, instead="--device cpu --shrink")
     device = torch.device(args.device)
     with num_threads(args.threads), torch.no_grad():
         torch.manual_seed(0)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from covft.engine.bf16_adamw import BF16AdamW
-from covft.perf.timing import conditions, interleaved_medians, num_threads
+from covft.perf.timing import check_device, conditions, interleaved_medians, num_threads
 
 _STD = 0.02
 _NOISE = 10.0
@@ -84,8 +84,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     """
     if min(settings.size, settings.steps, settings.rounds, settings.threads) < 1:
         raise ValueError(f"sizes, steps, rounds and threads must be at least 1, got {settings}")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch finds no CUDA device; use --device cpu")
+    check_device(settings.device)
     with num_threads(settings.threads):
         trained = _trained(settings)
         length = float(trained[_YARDSTICK].way().norm())

@@ -55,6 +55,12 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def check_device(name: str, *, instead: str = "--device cpu") -> None:
+    """Raise a ValueError if a GPU is asked for in vain; it names what to use ``instead``."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda, but PyTorch finds no CUDA device; use {instead}")
+
+
 @contextmanager
 def num_threads(threads: int) -> Iterator[None]:
     """Let PyTorch compute with that many threads for a while."""

@@ -31,7 +31,7 @@ from covft.models.mllm import MLLM
 from covft.perf.contenders import Contenders, method_configs
 from covft.perf.step_timer import StepTimer, TimedOptimWrapper
 from covft.perf.synthetic import draw_shapes, shrunk, synthetic_loader
-from covft.perf.timing import conditions, json_line, num_threads, synchronise
+from covft.perf.timing import check_device, conditions, json_line, num_threads, synchronise
 
 #: With --shrink: samples of a micro-batch, micro-batches of a step, and factor on the lengths.
 _TINY_BATCH, _TINY_ACCUMULATION, _TINY_LENGTHS = 2, 2, 0.05
@@ -87,10 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: If the recipe can't run so, or the device isn't there.
     """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda, but PyTorch finds no CUDA device; use --device cpu --shrink"
-        )
+    check_device(args.device, instead="--device cpu --shrink")
     if args.device == "cpu" and torch.cuda.is_available():
         raise ValueError("--device cpu, but a GPU is there; hide it: CUDA_VISIBLE_DEVICES=")
     if args.steps < 1 or args.warmup < 0:

@@ -22,7 +22,7 @@ from covft.models.text_encoder import Context
 from covft.models.vision.tower import VisionTower
 from covft.perf.contenders import method_configs, random_tower
 from covft.perf.synthetic import TINY_VISION
-from covft.perf.timing import conditions, interleaved_medians, num_threads
+from covft.perf.timing import check_device, conditions, interleaved_medians, num_threads
 from covft.registry import nearest
 
 #: A recipe of each encoder, whose ``vision_backbone`` is measured.
@@ -67,8 +67,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     numbers = (args.images, args.rounds, args.text_tokens, args.context_dim, args.threads)
     if min(numbers) < 1:
         raise ValueError(f"sizes, rounds and threads must be at least 1, got {numbers}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch finds no CUDA device; use --device cpu")
+    check_device(args.device)
     device = torch.device(args.device)
     names = ("images", "rounds", "text_tokens", "context_dim", "dtype", "shrink")
     with num_threads(args.threads):
