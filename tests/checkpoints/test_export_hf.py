@@ -11,12 +11,13 @@ import pytest
 import torch
 from export_runs import write_run
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
 from covft.checkpoints import load_run
 from covft.checkpoints.export import export_run
 from covft.checkpoints.export.bundle import COMMON, bundle, third_party_imports
-from covft.checkpoints.export.probe import probe_image
+from covft.checkpoints.export.probe import Probe, compare, float32_logits, probe_image
 from covft.datasets.prompts import Prompt, collate_prompts, generate_answers
 from covft.registry import VFT
 
@@ -41,6 +42,7 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 torch.set_num_threads(1)
@@ -102,9 +104,27 @@ def _answers(root: Path, image: Image.Image) -> tuple[list[str], torch.Tensor]:
 
 
 def test_half_the_size(tiny_options, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", tiny_options)
-    assert 1e-6 < export_run(run, tmp_path / "out", to="hf", dtype="bfloat16") < 3e-2
+    root = write_run(tmp_path / "run", tiny_options)
+    run = load_run(root)
+    probe = Probe.of(run)
+    for value in run.model.state_dict().values():
+        value.copy_(value.bfloat16())
+    moved = compare(probe.logits, float32_logits(run.model, probe.batch), loader="load_run")
+    # In float32: this machine's 16-bit sums have no part in it.
+    exported = export_run(root, tmp_path / "out", to="hf", dtype="bfloat16")
+    assert exported == pytest.approx(moved, abs=1e-6) and moved > 1e-3
+    assert load_file(tmp_path / "out" / "model.safetensors").popitem()[1].dtype == torch.bfloat16
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_type_whose_range_is_too_small(tiny_options, tmp_path: Path) -> None:
+    root = write_run(tmp_path / "run", tiny_options)
+    file = next(root.glob("**/weights.safetensors"))
+    state = load_file(file)
+    state["projector.layers.3.bias"][0] = 1e5  # float16 ends at 65,504
+    save_file(state, file)
+    with pytest.raises(ValueError, match=r"are no numbers; float16 ends"):
+        export_run(root, tmp_path / "out", to="hf", dtype="float16")
 
 
 def test_tiles(tiny_options, tmp_path: Path) -> None:

@@ -68,6 +68,25 @@ def test_internvl2(tiny_options, tmp_path: Path) -> None:
     assert config["llm_config"]["architectures"] == ["LlamaForCausalLM"]
 
 
+@pytest.mark.parametrize("to", ["llava", "hf-llava", "hf"])
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_low_rank_updates_are_merged(
+    tiny_options, tmp_path: Path, quantization: str | None, to: str
+) -> None:
+    if quantization is not None:
+        pytest.importorskip("bitsandbytes", reason="pip install 'covft[train]'")
+    options = {
+        **llava_options(tiny_options, type="Full"),
+        "stages": None,
+        "model.llm.freeze_embeddings": False,
+        "model.llm.lora": dict(rank=2),
+        "model.llm.quantization": quantization,
+    }
+    run = write_run(tmp_path / "run", options)
+    assert export_run(run, tmp_path / "out", to=to) < 1e-4
+    assert 1e-3 < export_run(run, tmp_path / "half", to=to, dtype="bfloat16") < 0.5
+
+
 @pytest.mark.parametrize(
     ("to", "change", "message"),
     [

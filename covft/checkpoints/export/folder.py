@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -22,7 +24,7 @@ _ADDED_TOKEN = ("content", "lstrip", "normalized", "rstrip", "single_word", "spe
 
 
 class UnverifiedExportError(ValueError):
-    """The written folder doesn't give the run's logits."""
+    """The written folder doesn't give the run's answer."""
 
 
 @contextmanager
@@ -68,6 +70,23 @@ def write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
         folder,
         max_shard_size=SHARD_SIZE,
     )
+
+
+def convert_weights(folder: Path, dtype: torch.dtype) -> None:
+    """Convert a written folder's floating-point weights to a type, and say so in its config."""
+    state = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                value = opened.get_tensor(name)
+                state[name] = value.to(dtype) if value.is_floating_point() else value
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    write_weights(folder, state)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    (key,) = config.keys() & {"dtype", "torch_dtype"}
+    write_json(path, {**config, key: str(dtype).removeprefix("torch.")})
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

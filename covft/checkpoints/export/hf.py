@@ -72,7 +72,7 @@ def verify(folder: Path, probe: Probe) -> float:
         probe: The run's answer.
 
     Raises:
-        UnverifiedExportError: If inputs or logits differ.
+        UnverifiedExportError: If inputs differ, or logits are no numbers.
     """
     importlib.invalidate_caches()
     processor: Any = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -80,7 +80,7 @@ def verify(folder: Path, probe: Probe) -> float:
     for name, value in inputs.items():
         if not torch.equal(value, probe.batch[name]):
             raise UnverifiedExportError(f"the exported processor gives other {name} than the run.")
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
-        found = model(**inputs).logits[0]
-    return compare(probe.logits, found, dtype=probe.dtype, loader="AutoModelForImageTextToText")
+        found = model.eval().float()(**inputs).logits[0]
+    return compare(probe.logits, found, loader="AutoModelForImageTextToText")

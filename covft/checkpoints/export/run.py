@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 from covft.checkpoints.export import hf, hf_llava, public
-from covft.checkpoints.export.folder import UnverifiedExportError, new_folder
+from covft.checkpoints.export.folder import UnverifiedExportError, convert_weights, new_folder
 from covft.checkpoints.export.probe import Probe
-from covft.checkpoints.export.source import Source, compute_dtype
+from covft.checkpoints.export.source import Source
 from covft.checkpoints.run import load_run
 from covft.registry import nearest
 
+#: Largest difference of float32 logits, relative to the largest: sums in another order.
+TOLERANCE = 1e-4
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -77,27 +79,38 @@ def export_run(
         device: Where the run's own logits are computed; the comparison is on the CPU.
 
     Returns:
-        The largest difference of a logit, relative to the largest one.
+        The largest difference of a logit in float32, relative to the largest one: what is left of
+        sums in another order, and with ``dtype`` what rounding the weights does.
 
     Raises:
         FileNotFoundError: If there is no finished run.
         ValueError: If an option is unknown, the format can't hold the run, ``out`` exists, or the
-            exported model doesn't give the run's logits; it is then kept under another name.
+            exported model doesn't give the run's logits, or in ``dtype`` no numbers; it is then
+            kept under another name.
     """
     if to not in FORMATS:
         raise ValueError(f"--to {to}: no such format; {nearest(to, FORMATS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
     with new_folder(Path(out)) as folder:
-        source = Source(
-            load_run(run, device=device), None if dtype is None else getattr(torch, dtype)
-        )
-        model = source.model
-        probe = Probe.of(source.run, dtype=source.dtype or compute_dtype(model.state_dict()))
-        model.cpu()
-        FORMATS[to].write(source, folder)
-        del source, model  # two models of this size may be more than fits
-        return _verified(FORMATS[to], folder, probe)
+        source = Source(load_run(run, device=device))
+        home = source.model.device
+        source.model.cpu()
+        kind = FORMATS[to]
+        kind.write(source, folder)
+        source.model.to(home)
+        probe = Probe.of(source.run)
+        del source  # two models of this size may be more than fits
+        error = _verified(kind, folder, probe)
+        if error > TOLERANCE:
+            raise UnverifiedExportError(
+                f"--to {to}: the exported model doesn't give the run's logits: they differ by "
+                f"{error:.2g} of the largest, {TOLERANCE:g} is allowed."
+            )
+        if dtype is not None:  # only now: rounding moves logits by 1 % to 20 %, and hides mistakes
+            convert_weights(folder, getattr(torch, dtype))
+            error = _verified(kind, folder, probe)
+        return error
 
 
 def _verified(kind: Format, folder: Path, probe: Probe) -> float:

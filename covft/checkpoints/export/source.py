@@ -21,11 +21,9 @@ class Source:
 
     Attributes:
         run: The run.
-        dtype: Type to which floating-point weights are converted; None leaves them as they are.
     """
 
     run: Run
-    dtype: torch.dtype | None = None
 
     @property
     def model(self) -> MLLM:
@@ -43,7 +41,7 @@ class Source:
         own = {k: v for k, v in self.model.state_dict().items() if part_of(k) != "llm"}
         tied = tied_names(self.model)
         state = {**own, **plain_llm_state(self.model)}
-        return self._cast({k: v for k, v in state.items() if k not in tied})
+        return {k: v for k, v in state.items() if k not in tied}
 
     def public_state(self, layout: str) -> dict[str, Tensor]:
         """Return the model's tensors in one of :data:`LAYOUTS`.
@@ -52,7 +50,7 @@ class Source:
             ValueError: If the layout can't hold the model; names a format that can.
         """
         try:
-            return self._cast(LAYOUTS[layout].from_ours(None, self.model))
+            return LAYOUTS[layout].from_ours(None, self.model)
         except ValueError as error:
             raise ValueError(f"--to {layout}: {error}. --to hf holds every model") from error
 
@@ -70,11 +68,6 @@ class Source:
             "pad_token_id": stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             "do_sample": False,
         }
-
-    def _cast(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.dtype is None:
-            return state
-        return {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in state.items()}
 
 
 def compute_dtype(state: dict[str, Tensor]) -> torch.dtype:
