@@ -17,7 +17,7 @@ from covft.datasets.prompts import Prompt, prompt_batch
 from covft.datasets.spec import InputSpec
 from covft.datasets.streaming import stream_answer
 from covft.datasets.tiling import Resizing
-from covft.datasets.transforms import load_image
+from covft.images import load_image
 from covft.models.mllm import MLLM
 from covft.models.sampling import Sampling
 from covft.models.vision.feature_cache import FeatureCache

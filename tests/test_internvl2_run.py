@@ -24,7 +24,8 @@ from covft.checkpoints.export import export_run
 from covft.conversation import IMAGE_TOKEN_ID
 from covft.datasets import Tiles
 from covft.engine.scalars_hook import ScalarsHook, read_scalars
-from covft.evaluation import Benchmark, Item, evaluate
+from covft.evaluation import Benchmark, Item
+from covft.evaluation.evaluate import evaluate
 
 TOOL = Path(__file__).parent.parent / "tools" / "train.py"
 STAGES = ("pretrain", "finetune")

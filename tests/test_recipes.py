@@ -230,7 +230,10 @@ def test_one_gpu_takes_the_steps_of_eight() -> None:
     assert sum(first.values()) < 60e9
 
 
-def test_the_recipe_for_one_gpu_trains_when_shrunk(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_the_recipe_for_one_gpu_trains_when_shrunk(
+    tmp_path: Path, monkeypatch, backend: str
+) -> None:
     from covft.engine.train import train
 
     loader = {"batch_size": 2, "num_workers": 0}
@@ -244,7 +247,7 @@ def test_the_recipe_for_one_gpu_trains_when_shrunk(tmp_path: Path, monkeypatch) 
             "stages.pretrain.train_dataloader": loader,
             "stages.pretrain.train_cfg": {"accumulation": 1},
             "stages.pretrain.optim_wrapper.optimizer": optimizer,
-            "compile": {"_delete_": True, "backend": "aot_eager", "fullgraph": True},
+            "compile": {"_delete_": True, "backend": backend, "fullgraph": True},
         },
     )
     _shrink(cfg, tmp_path)

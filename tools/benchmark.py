@@ -1,6 +1,7 @@
 """Measure speed and memory; prints a table, and as the last line all figures as JSON."""
 
 import argparse
+import contextlib
 import importlib
 import sys
 
@@ -34,6 +35,20 @@ def check_packages() -> None:
 
 def main() -> None:
     """Run the command line."""
+    malloc = argparse.ArgumentParser(add_help=False)
+    malloc.add_argument(
+        "--malloc",
+        choices=["reuse", "default"],
+        default="reuse",
+        help="reuse: glibc keeps freed memory, so that no page faults are measured; "
+        "default: as the environment has it",
+    )
+    # First of all, as it starts this script again. What can't be imported is told right after.
+    if malloc.parse_known_args()[0].malloc == "reuse":
+        with contextlib.suppress(ImportError):
+            from covft.perf.malloc import reuse_memory
+
+            reuse_memory()
     check_packages()
     from covft.perf import (
         checkpointing,
@@ -48,7 +63,7 @@ def main() -> None:
         train,
         vit_step,
     )
-    from covft.perf.timing import json_line, reuse_memory
+    from covft.perf.timing import json_line
 
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
@@ -70,19 +85,11 @@ def main() -> None:
             name,
             help=(module.__doc__ or "").partition("\n")[0],
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            parents=[malloc],
         )
         module.add_arguments(command)
-        command.add_argument(
-            "--malloc",
-            choices=["reuse", "default"],
-            default="reuse",
-            help="reuse: glibc keeps freed memory, so that no page faults are measured; "
-            "default: as the environment has it",
-        )
         command.set_defaults(module=module)
     args = parser.parse_args()
-    if args.malloc == "reuse":
-        reuse_memory()
     result = args.module.run(args)
     print(args.module.table(result))
     print(json_line(result))

@@ -46,7 +46,7 @@ def main() -> None:
     args = parse_args()
     from covft.chat import ChatSession
     from covft.checkpoints import load_run
-    from covft.datasets import load_image
+    from covft.images import load_image
     from covft.models.sampling import Sampling
 
     images = [load_image(path) for path in args.image]  # before the model, which takes longer

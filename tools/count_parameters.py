@@ -19,7 +19,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the command line."""
     args = parse_args()
-    from covft.checkpoints.atomic import atomic_write_text
+    from covft.atomic import atomic_write_text
     from covft.config import CONFIG_ROOT, find_config, load_config, stage_configs
     from covft.models.abstract import abstract_model, parameter_counts
 

@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Run the command line."""
     args = parse_args()
-    from covft.checkpoints.atomic import atomic_write_text
+    from covft.atomic import atomic_write_text
     from covft.config import load_config
     from covft.interop import import_xtuner
 

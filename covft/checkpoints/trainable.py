@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from covft.checkpoints.atomic import atomic_write
+from covft.atomic import atomic_write
 from covft.checkpoints.sharded import is_sharded, read_sharded_weights
 
 WEIGHTS_NAME = "weights.safetensors"

@@ -11,7 +11,7 @@ from covft.datasets.sample import BadSample, Sample
 from covft.datasets.sampler import StepBatchSampler
 from covft.datasets.spec import InputSpec
 from covft.datasets.tiling import Tiles, tiled
-from covft.datasets.transforms import load_image, transform
+from covft.datasets.transforms import transform
 
 __all__ = [
     "BadSample",
@@ -27,7 +27,6 @@ __all__ = [
     "Sizes",
     "StepBatchSampler",
     "Tiles",
-    "load_image",
     "tiled",
     "transform",
 ]

@@ -25,7 +25,7 @@ from covft.datasets.spec import InputSpec
 from covft.datasets.subset import checked_fraction, subset
 from covft.datasets.tiling import Tiles, checked_resizing, squares, stacked
 from covft.datasets.token_lengths import UNREADABLE, UNUSABLE, array_key, measured_sizes
-from covft.datasets.transforms import image_size, load_image
+from covft.images import image_size, load_image
 from covft.registry import DATASETS
 
 _NUM_LISTED = 5

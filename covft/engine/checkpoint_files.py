@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from mmengine.dist import all_gather_object, barrier, broadcast_object_list, is_main_process
 
-from covft.checkpoints.atomic import (
+from covft.atomic import (
     atomic_write,
     atomic_write_text,
     flush_folder,

@@ -13,7 +13,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.atomic import atomic_write_text
 from covft.checkpoints.run import stage_dir
 from covft.checkpoints.trainable import WEIGHTS_NAME, trained_config
 from covft.config import (

@@ -19,16 +19,15 @@ from torch import distributed
 import covft
 from covft.checkpoints.run import Run
 from covft.engine.subject import Subject
-from covft.evaluation import (
-    Benchmark,
+from covft.evaluation import Benchmark, Ranks
+from covft.evaluation.evaluate import (
+    Effort,
     EvaluationResult,
-    Ranks,
     infer,
     predictions_path,
     score_predictions,
     weights_fingerprint,
 )
-from covft.evaluation.evaluate import Effort
 from covft.evaluation.predictions import abridged, asked_digests, load
 from covft.models.mllm import MLLM
 from covft.models.vision.feature_cache import DEFAULT_MAX_BYTES

@@ -10,7 +10,7 @@ from covft.conversation import checked_turns
 from covft.datasets.annotations import image_paths
 from covft.datasets.base import ConversationDataset
 from covft.datasets.prompts import Prompt, generate_answers
-from covft.datasets.transforms import load_image
+from covft.images import load_image
 from covft.models.mllm import MLLM
 
 

@@ -14,7 +14,7 @@ from filelock import FileLock
 from mmengine.logging import print_log
 from torch import nn
 
-from covft.checkpoints.atomic import atomic_write_text, set_aside
+from covft.atomic import atomic_write_text, set_aside
 from covft.checkpoints.run import Run
 from covft.engine.evaluation import (
     Chosen,

@@ -18,7 +18,7 @@ from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from covft.checkpoints.atomic import remove_partial_files, set_aside
+from covft.atomic import remove_partial_files, set_aside
 from covft.checkpoints.trainable import WEIGHTS_NAME, trainable_shapes
 from covft.engine.checkpoint import restore_state
 from covft.engine.checkpoint_files import (

@@ -12,7 +12,7 @@ from mmengine.dist import all_reduce, get_rank, is_main_process
 from mmengine.hooks import Hook
 from torch import nn
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.atomic import atomic_write_text
 from covft.checkpoints.trainable import unwrapped
 from covft.engine.random_state import preserved_random_state
 from covft.registry import HOOKS

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
-from covft.checkpoints.atomic import atomic_write, atomic_write_text
+from covft.atomic import atomic_write, atomic_write_text
 from covft.registry import HOOKS
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, broadcast_object_list, is_main_process
 
-from covft.checkpoints.atomic import atomic_write_text, set_aside
+from covft.atomic import atomic_write_text, set_aside
 from covft.checkpoints.run import build_model, load_run, load_start, stage_dir
 from covft.checkpoints.trainable import WEIGHTS_NAME, load_weights
 from covft.config import CONFIG_NAME, save_config, stage_configs, stage_text

@@ -1,4 +1,8 @@
-"""Benchmarks, and running them."""
+"""Benchmarks, running them, and reports.
+
+What is imported here needs no torch, so that reports and checks of data answer at once.
+:func:`covft.evaluation.evaluate.evaluate` asks a model.
+"""
 
 from covft.evaluation.benchmark import Benchmark, Item
 from covft.evaluation.benchmarks import (
@@ -18,14 +22,6 @@ from covft.evaluation.benchmarks import (
     ScienceQA,
     TextVQA,
 )
-from covft.evaluation.evaluate import (
-    EvaluationResult,
-    evaluate,
-    infer,
-    predictions_path,
-    score_predictions,
-    weights_fingerprint,
-)
 from covft.evaluation.predictions import read_predictions
 from covft.evaluation.sharding import Ranks
 
@@ -40,7 +36,6 @@ __all__ = [
     "COCOCaptions",
     "CVBench",
     "EasyVQA",
-    "EvaluationResult",
     "Flickr30k",
     "IconQA",
     "Item",
@@ -49,10 +44,5 @@ __all__ = [
     "RealWorldQA",
     "ScienceQA",
     "TextVQA",
-    "evaluate",
-    "infer",
-    "predictions_path",
     "read_predictions",
-    "score_predictions",
-    "weights_fingerprint",
 ]

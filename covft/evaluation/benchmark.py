@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from covft.datasets.transforms import load_image
+from covft.images import load_image
 
 
 @dataclass(frozen=True)

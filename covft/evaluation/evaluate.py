@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmengine.logging import print_log
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.atomic import atomic_write_text
 from covft.datasets.prompts import generate_tokens
 from covft.datasets.spec import InputSpec
 from covft.datasets.streaming import answer_text

@@ -24,7 +24,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 from mmengine.logging import print_log
 
-from covft.checkpoints.atomic import atomic_write_text, set_aside
+from covft.atomic import atomic_write_text, set_aside
 from covft.config import changed_lines
 from covft.evaluation.benchmark import Benchmark, Item
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.atomic import atomic_write_text
 from covft.evaluation.benchmark import Benchmark, Item
 from covft.evaluation.tables import Row, RowError
 

@@ -21,9 +21,9 @@ from PIL import Image
 from covft.checkpoints.run import Run, load_run
 from covft.conversation import IMAGE_TOKEN
 from covft.datasets.prompts import Prompt, generate_answers
-from covft.datasets.transforms import load_image
 from covft.engine.subject import config_and_checkpoint
 from covft.evaluation.progress import InferenceProgress
+from covft.images import load_image
 from covft.models.vision.feature_cache import FeatureCache
 from covft.registry import nearest
 

@@ -33,7 +33,8 @@ from covft.conversation import get_template
 from covft.datasets.instruct import InstructDataset
 from covft.datasets.sample import BadSample
 from covft.datasets.spec import InputSpec
-from covft.datasets.transforms import load_image, transform
+from covft.datasets.transforms import transform
+from covft.images import load_image
 from covft.models.vision.image_spec import CLIP_MEAN, CLIP_STD, ImageSpec
 from covft.perf.timing import conditions, interleaved_medians, num_threads
 

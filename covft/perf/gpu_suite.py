@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.atomic import atomic_write_text
 from covft.config import CONFIG_ROOT
-from covft.perf import train
 from covft.perf.timing import conditions
 
 JSON_NAME, MARKDOWN_NAME = "gpu_suite.json", "gpu_suite.md"
@@ -278,6 +277,8 @@ def _run_part(
     if status == "timed out":
         found |= {"status": "cut", "error": f"its time ended after {found['seconds']:.0f} s"}
     partial.unlink()
+    from covft.perf import train  # brings the models along, which this process has no use for
+
     return found, f"{train.table(found['result'])}\n\n{found['status']}: {found['error']}"
 
 

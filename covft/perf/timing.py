@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +14,7 @@ from typing import Any
 import torch
 
 from covft import __version__
-
-_KEEP_FREED_MEMORY = (
-    "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
-)
+from covft.perf.malloc import malloc_settings
 
 
 def interleaved_medians(
@@ -82,7 +77,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "malloc": _malloc_settings(),
+        "malloc": malloc_settings(),
     }
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
@@ -97,38 +92,6 @@ def _cpu_name() -> str:
             if key.strip() == "model name":
                 return value.strip()
     return platform.processor() or platform.machine()
-
-
-def _malloc_settings() -> str:
-    """Return the environment's settings of malloc: they decide what large temporaries cost."""
-    names = sorted(
-        name
-        for name in os.environ
-        if name in ("GLIBC_TUNABLES", "LD_PRELOAD") or name.startswith("MALLOC_")
-    )
-    return " ".join(f"{name}={os.environ[name]}" for name in names) or "default"
-
-
-def reuse_memory() -> None:
-    """Start the running script again with a malloc that keeps freed memory, if it doesn't already.
-
-    By default, glibc asks the kernel for every block beyond 32 MiB and returns it right after: each
-    use then costs a page fault every 4 KiB. What is above that size differs between variants whose
-    work is the same. Elsewhere than on glibc, or where malloc is already set, a note is printed.
-    """
-    settings = _malloc_settings()
-    if settings == f"GLIBC_TUNABLES={_KEEP_FREED_MEMORY}":
-        return
-    if platform.libc_ver()[0] != "glibc" or settings != "default":
-        print(
-            f"--malloc reuse has no effect: malloc is set by the environment ({settings}) or isn't "
-            "glibc's",
-            file=sys.stderr,
-        )
-    else:
-        sys.stdout.flush()
-        environment = {**os.environ, "GLIBC_TUNABLES": _KEEP_FREED_MEMORY}
-        os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
 def json_line(result: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ import torch
 from mmengine.config import Config, DictAction
 from torch.utils.data import DataLoader
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.atomic import atomic_write_text
 from covft.config import load_config, stage_configs
 from covft.engine.compile import compile_blocks
 from covft.engine.flops import FlopModel, Work, peak_tflops

@@ -211,3 +211,12 @@ def test_every_method_is_bundled_without_further_packages() -> None:
 def test_a_class_from_elsewhere_cannot_be_shipped() -> None:
     with pytest.raises(ValueError, match=r"'my\.methods' isn't part of covft"):
         bundle(["covft.models.mllm", "my.methods"])
+
+
+def test_folders_of_one_name(tiny_options, tmp_path: Path) -> None:
+    """Python keeps imported modules, and transformers names them after folders."""
+    for name, vft in METHODS.items():
+        if name in ("lora", "vpt"):
+            options = {**tiny_options, "model.vision.vft": {"_delete_": True, **vft}}
+            run = write_run(tmp_path / name, options)
+            assert export_run(run, tmp_path / f"{name}_exports" / "hf", to="hf") < 1e-6

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from covft.datasets import InstructDataset, load_image, transform
+from covft.datasets import InstructDataset, transform
 from covft.datasets.browse import ERROR, IMAGE_TAG, SUPERVISED, draw_sample
+from covft.images import load_image
 
 
 def area(picture, color):

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from covft.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
-from covft.datasets import BadSample, Collator, InstructDataset, Sample, load_image, transform
+from covft.datasets import BadSample, Collator, InstructDataset, Sample, transform
+from covft.images import load_image
 
 
 def test_a_sample(spec, image_root, record):

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from covft.datasets import load_image, transform
-from covft.datasets.transforms import image_size
+from covft.datasets import transform
+from covft.images import image_size, load_image
 from covft.models.vision.image_spec import CLIP_MEAN, CLIP_STD, ImageSpec
 
 SIZES = [(40, 40), (77, 50), (50, 77), (20, 31), (33, 90), (101, 34), (7, 5)]

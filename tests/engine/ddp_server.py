@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
+from forks import ForkedGroup
 from mmengine.hooks import Hook
-from parallel_case import WORLD_SIZE, in_processes
+from parallel_case import WORLD_SIZE
 from torch import distributed
 from toy_training import ToyDataset, ToyModel, toy_dataloader, toy_runner
 
@@ -112,7 +113,7 @@ def work(folder: Path, rank: int) -> None:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    in_processes(lambda rank: work(folder, rank))
+    ForkedGroup(WORLD_SIZE).run(lambda rank: work(folder, rank))
     exact(folder / "one", rank=0, world_size=1)
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forks import ForkedGroup
 from mmengine.hooks import Hook
 from parallel_case import (
     OPTIM_WRAPPER,
     STEP_SIZE,
+    WORLD_SIZE,
     Samples,
     collate,
-    in_processes,
     train_case,
 )
 from torch import distributed
@@ -108,7 +109,7 @@ def engines(folder: Path) -> None:
             distributed.barrier()
             train_case(folder / name / "cut", resume=True, **parts)
 
-    in_processes(task)
+    ForkedGroup(WORLD_SIZE).run(task)
     train_case(folder / "one")
 
 
@@ -127,7 +128,7 @@ def variants(folder: Path) -> None:
         for name, strategy in BF16.items():
             train_a_little(folder / "bf16" / name, strategy=strategy, **processes, **bf16)
 
-    in_processes(task)
+    ForkedGroup(WORLD_SIZE).run(task)
     train_a_little(folder / "one", steps=4, hooks=looking())
 
 

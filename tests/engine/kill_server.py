@@ -13,15 +13,14 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401  (imported before the forks, which then needn't)
 import torch
+from forks import forked
+from save_moments import SaveMoments
 from toy_training import toy_runner
-
-from covft.engine import checkpoint_hook
 
 MAX_ITERS = 120
 NUM_KILLS = 26
@@ -33,62 +32,6 @@ def train(work_dir: Path) -> None:
         {"type": "ProgressHook", "interval": 50},
     ]
     toy_runner(work_dir, max_iters=MAX_ITERS, hooks=hooks, resume=True, seed=3).train()
-
-
-class SaveMoments:
-    """Calls ``visit`` with a name at every moment of a save at which the files are different."""
-
-    def __init__(self, visit: Callable[[str], None]) -> None:
-        self.visit = visit
-        self.is_saving = False
-        self._wrap(os, "fsync", "flush")
-        self._wrap(Path, "replace", "rename")
-        self._wrap(Path, "unlink", "removal")
-        save, write = torch.save, checkpoint_hook.write_checkpoint
-
-        def torn_save(state, path):
-            save(state, path)
-            os.truncate(path, path.stat().st_size // 2)
-            self.moment("half a file")
-            save(state, path)
-
-        def traced_write(*args, **kwargs):
-            self.is_saving = True
-            path = write(*args, **kwargs)
-            self.is_saving = False
-            return path
-
-        torch.save, checkpoint_hook.write_checkpoint = torn_save, traced_write
-
-    def _wrap(self, owner, name: str, label: str) -> None:
-        function = getattr(owner, name)
-
-        def traced(*args, **kwargs):
-            self.moment(f"before {label}")
-            result = function(*args, **kwargs)
-            self.moment(f"after {label}")
-            return result
-
-        setattr(owner, name, traced)
-
-    def moment(self, name: str) -> None:
-        if self.is_saving:
-            self.visit(name)
-
-
-def forked(work: Callable[[], None]) -> int:
-    """Run ``work`` in a child process; return its id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            work()
-        status = 0
-    finally:
-        os._exit(status)
 
 
 def was_killed(child: int) -> bool:
@@ -110,7 +53,17 @@ def killed_while_saving(work_dir: Path, countdown: int, report: Path) -> bool:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def work() -> None:
-        SaveMoments(visit)
+        steps = {"flush": (os, "fsync"), "rename": (Path, "replace"), "removal": (Path, "unlink")}
+        moments = SaveMoments(visit, write="write_checkpoint", steps=steps)
+        save = torch.save
+
+        def torn_save(state, path):
+            save(state, path)
+            os.truncate(path, path.stat().st_size // 2)
+            moments.moment("half a file")
+            save(state, path)
+
+        torch.save = torn_save
         train(work_dir)
 
     return was_killed(forked(work))

@@ -11,25 +11,21 @@ Each folder gets ``scalars.jsonl`` and ``weights.safetensors``. :func:`run_cases
 from a test; :func:`assert_like_one_process` and :func:`assert_resumed_bitwise` compare. The steps
 hold 8 samples each: images, text alone, several images, an unsupervised sample, and an unusable
 one, so that ranks meet micro-batches without images, tokens or samples at different times.
-``train_case`` is what one process does, for other uses inside :func:`in_processes`.
+``train_case`` is what one process does, for other uses inside a :class:`forks.ForkedGroup`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401  (imported before the forks, which then needn't)
 import torch
+from forks import ForkedGroup, run_script
 from miniature import ARCH
 from mmengine.hooks import Hook
 from safetensors.torch import load_file
@@ -39,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 import covft.vft  # noqa: F401
 from covft.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
 from covft.datasets.sampler import StepBatchSampler
-from covft.engine import Runner, setup_distributed
+from covft.engine import Runner
 from covft.engine.scalars_hook import read_scalars
 from covft.models import MLLM
 from covft.registry import MODELS
@@ -230,51 +226,6 @@ def train_cut_and_whole(folder: Path, **parts: Any) -> None:
     train_case(folder / "cut", resume=True, **parts)
 
 
-def in_processes(task: Callable[[int], None], *, world_size: int = WORLD_SIZE) -> None:
-    """Call ``task(rank)`` in forks of this process that form a process group (gloo).
-
-    Raises:
-        RuntimeError: If one of them fails; its traceback is on stderr.
-    """
-    port = free_port()
-    children = [_forked(rank, world_size, port, task) for rank in range(world_size)]
-    failed = [os.waitpid(child, 0)[1] for child in children]
-    if any(failed):
-        raise RuntimeError(f"processes ended with the states {failed}")
-
-
-@contextmanager
-def joined(rank: int, world_size: int, port: int) -> Iterator[None]:
-    """Be a process of a group (gloo) while the body runs."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
-    setup_distributed("pytorch")
-    yield
-    distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    """Return a port of this host that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_script(script: Path, *arguments: Any, timeout: float = 300) -> str:
-    """Run a script of this folder, whose processes fork; return what it prints."""
-    command = [sys.executable, str(script), *map(str, arguments)]
-    paths = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-    }
-    run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
-
-
 def run_cases(folder: Path, *names: str, dtype: str = "float32") -> None:
     """Run this file as a script, see above."""
     run_script(Path(__file__), folder, dtype, *names)
@@ -324,23 +275,6 @@ def _norms(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "module_norms.jsonl").read_text().splitlines()]
 
 
-def _forked(rank: int, world_size: int, port: int, task: Callable[[int], None]) -> int:
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        with joined(rank, world_size, port):
-            task(rank)
-        status = 0
-    finally:
-        # The traceback is printed by nobody else: this process is a copy of its parent.
-        if status:
-            sys.excepthook(*sys.exc_info())
-            sys.stderr.flush()
-        os._exit(status)
-
-
 def main(folder: Path, dtype: str, *names: str) -> None:
     """Run the cases, see above."""
     torch.set_num_threads(1)
@@ -353,7 +287,7 @@ def main(folder: Path, dtype: str, *names: str) -> None:
             if rank == 0:
                 print(f"{name}: {time.perf_counter() - started:.1f} s")
 
-    in_processes(task)
+    ForkedGroup(WORLD_SIZE).run(task)
     train_case(folder / "one", dtype=dtype)
 
 

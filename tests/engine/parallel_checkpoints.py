@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from parallel_case import WORLD_SIZE, Samples, build_model, collate, in_processes, train_case
+from forks import ForkedGroup
+from parallel_case import WORLD_SIZE, Samples, build_model, collate, train_case
 from torch import Tensor, distributed
 
 from covft.engine import AutocastOptimWrapper, SampleLogHook
@@ -82,8 +83,8 @@ def alone(folder: Path) -> None:
 def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    in_processes(lambda rank: work(folder, rank))
-    in_processes(lambda rank: alone(folder), world_size=1)
+    ForkedGroup(WORLD_SIZE).run(lambda rank: work(folder, rank))
+    ForkedGroup(1).run(lambda rank: alone(folder))
     steps = {"max_iters": 4, "accumulation": 8}
     resume = folder / "ddp/iter_2.pth"
     train_case(folder / "single", dtype="float64", resume=resume, train_cfg=steps)

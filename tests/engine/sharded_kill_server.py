@@ -12,16 +12,15 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from parallel_case import free_port, joined
+from forks import ForkedGroup
+from save_moments import SaveMoments
 from torch.distributed import checkpoint as distributed_checkpoint
 from toy_training import toy_dataloader, toy_runner
 
-from covft.engine import checkpoint_hook
-
+WORLD_SIZE = 2
 MAX_ITERS = 10
 #: Which process dies, at which moment of a save, and at which of several such moments.
 KILLS = (
@@ -35,68 +34,17 @@ KILLS = (
 )
 
 
-def train(work_dir: Path, rank: int, world_size: int = 2) -> None:
+def train(work_dir: Path, rank: int) -> None:
     hook = {"type": "CheckpointHook", "interval": 2, "max_keep": 2}
     toy_runner(
         work_dir,
         max_iters=MAX_ITERS,
         hooks=[hook, {"type": "ProgressHook", "interval": 50}],
-        dataloader=toy_dataloader(rank=rank, world_size=world_size),
+        dataloader=toy_dataloader(rank=rank, world_size=WORLD_SIZE),
         strategy={"type": "fsdp2"},
         launcher="pytorch",
         resume=True,
     ).train()
-
-
-class SaveMoments:
-    """Calls ``visit`` with a name before and after what a save does."""
-
-    def __init__(self, visit: Callable[[str], None]) -> None:
-        self.visit = visit
-        self.is_saving = False
-        self._wrap(distributed_checkpoint, "save", "shards")
-        self._wrap(Path, "replace", "rename")
-        write = checkpoint_hook.write_sharded_checkpoint
-
-        def traced_write(*args, **kwargs):
-            self.is_saving = True
-            path = write(*args, **kwargs)
-            self.is_saving = False
-            return path
-
-        checkpoint_hook.write_sharded_checkpoint = traced_write
-
-    def _wrap(self, owner, name: str, label: str) -> None:
-        function = getattr(owner, name)
-
-        def traced(*args, **kwargs):
-            self.moment(f"before {label}")
-            result = function(*args, **kwargs)
-            self.moment(f"after {label}")
-            return result
-
-        setattr(owner, name, traced)
-
-    def moment(self, name: str) -> None:
-        if self.is_saving:
-            self.visit(name)
-
-
-def forked(work: Callable[[], None], rank: int, port: int) -> int:
-    """Run ``work`` in a child process of a group of two; return its id."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-            with joined(rank, 2, port):
-                work()
-        status = 0
-    finally:
-        os._exit(status)
 
 
 def killed_while_saving(work_dir: Path, victim: int, moment: str, number: int) -> None:
@@ -106,28 +54,22 @@ def killed_while_saving(work_dir: Path, victim: int, moment: str, number: int) -
         if number == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def work(rank: int) -> None:
-        if rank == victim:
-            SaveMoments(visit)
-        train(work_dir, rank)
+    def work() -> None:
+        SaveMoments(
+            visit,
+            write="write_sharded_checkpoint",
+            steps={"shards": (distributed_checkpoint, "save"), "rename": (Path, "replace")},
+        )
+        train(work_dir, victim)
 
-    for _ in range(3):  # the port may be another test's by the time that it is used
-        port = free_port()
-        children = [forked(lambda rank=rank: work(rank), rank, port) for rank in range(2)]
-        status = os.waitpid(children[victim], 0)[1]
-        # Without it, the other one fails or waits, as its launcher would see.
-        time.sleep(0.05)
-        os.kill(children[1 - victim], signal.SIGKILL)
-        os.waitpid(children[1 - victim], 0)
-        if os.WIFSIGNALED(status):
-            break
+    group = ForkedGroup(WORLD_SIZE)
+    other = group.fork(1 - victim, lambda: train(work_dir, 1 - victim))
+    status = os.waitpid(group.fork(victim, work), 0)[1]
+    # Without it, the other one fails or waits, as its launcher would see.
+    time.sleep(0.05)
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
-
-
-def trained(work_dir: Path) -> None:
-    port = free_port()
-    children = [forked(lambda rank=rank: train(work_dir, rank), rank, port) for rank in range(2)]
-    assert not any(os.waitpid(child, 0)[1] for child in children), "a training process failed"
 
 
 def main(folder: Path) -> None:
@@ -137,8 +79,8 @@ def main(folder: Path) -> None:
     for kill in KILLS:
         killed_while_saving(folder / "cut", *kill)
         left.append(sorted(path.name for path in (folder / "cut").glob("iter_*")))
-    trained(folder / "cut")
-    trained(folder / "whole")
+    for name in ("cut", "whole"):
+        ForkedGroup(WORLD_SIZE).run(lambda rank, name=name: train(folder / name, rank))
     print(json.dumps(left))
 
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import run_script
 from parallel_case import (
     assert_like_one_process,
     assert_resumed_bitwise,
     build_model,
-    run_script,
     weights_of,
 )
 from torch import nn

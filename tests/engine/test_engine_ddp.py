@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_case import run_script, weights_of
+from forks import run_script
+from parallel_case import weights_of
 from toy_training import exact_scalars
 
 from covft.engine.scalars_hook import read_scalars

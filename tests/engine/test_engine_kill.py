@@ -1,11 +1,10 @@
 """A run that is killed at random moments, also while it saves, ends like one that isn't."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from forks import run_script
 from safetensors.torch import load_file
 from toy_training import exact_scalars
 
@@ -14,11 +13,7 @@ from covft.engine.checkpoint_files import find_checkpoints, read_checkpoint
 
 def test_killed_and_resumed_run_equals_uninterrupted_one(tmp_path):
     script = Path(__file__).with_name("kill_server.py")
-    run = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    result = json.loads(run.stdout)
+    result = json.loads(run_script(script, tmp_path))
     assert result["kills"] >= 20
     moments = result["moments"]
     assert len(moments) >= 5, "kills while saving"

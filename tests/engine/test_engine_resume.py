@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from toy_training import ToyDataset, ToyModel, exact_scalars, toy_dataloader, toy_runner
 
-from covft.checkpoints.atomic import set_aside
+from covft.atomic import set_aside
 from covft.engine import load_weights
 from covft.engine.checkpoint_files import find_checkpoints, read_checkpoint
 from covft.engine.scalars_hook import read_scalars

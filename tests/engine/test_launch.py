@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_case import free_port
 
 from covft.config import load_config, save_config
 from covft.engine import setup_distributed
@@ -143,9 +142,9 @@ def test_dist_train_starts_the_processes_of_a_node(tmp_path):
         "torch.distributed.run",
         "--nnodes=2",
         "--node_rank=1",
-        "--nproc_per_node=8",
         "--master_addr=node-1",
         "--master_port=29600",
+        "--nproc_per_node=8",
         str(TOOLS / "train.py"),
         "quickstart_covft",
         "--launcher",
@@ -194,7 +193,6 @@ def test_two_processes_train_and_score_a_config(tiny_options, tmp_path):
         "dist_train.sh",
         *(str(tmp_path / "tiny.py"), "2", "--strategy", "fsdp2"),
         *("--work-dir", str(tmp_path / "run")),
-        MASTER_PORT=str(free_port()),
     )
     assert run.returncode == 0, run.stdout + run.stderr
     log = (tmp_path / "run/train.log").read_text()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import run_script
 from mmengine.config import Config
-from parallel_case import build_model, run_script, weights_of
+from parallel_case import build_model, weights_of
 
 from covft.checkpoints.run import load_start
 from covft.checkpoints.trainable import load_weights

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import torch
-from parallel_case import run_script, weights_of
+from forks import run_script
+from parallel_case import weights_of
 from toy_training import exact_scalars
 
 from covft.engine.checkpoint_files import find_checkpoints

@@ -8,22 +8,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from forks import ForkedGroup, forked
 from quickstart_miniature import tiny_quickstart, write_easy_vqa
 
 from covft.checkpoints import build_model
 from covft.config import load_config, stage_configs
 from covft.datasets import InputSpec
-from covft.engine import setup_distributed
 from covft.engine.evaluation import process_ranks
-from covft.evaluation import EasyVQA, infer, read_predictions, score_predictions
+from covft.evaluation import EasyVQA, read_predictions
+from covft.evaluation.evaluate import infer, score_predictions
 from covft.evaluation.predictions import PredictionWriter
 from covft.models import MLLM
 
@@ -55,36 +53,8 @@ def outcome(root: Path, work_dir: Path, *, limit: int | None = None) -> dict:
     return {"predictions": read_predictions(path), "metrics": found.metrics}
 
 
-def forked(task: Callable[[], None], *, rank: int = 0, world_size: int = 1, port: int = 0) -> int:
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        if world_size > 1:
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-            os.environ.update({name: str(value) for name, value in names.items()})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            setup_distributed("pytorch")
-        task()
-        status = 0
-    finally:
-        # The traceback is printed by nobody else: this process is a copy of its parent.
-        if status:
-            sys.excepthook(*sys.exc_info())
-        sys.stdout.flush()
-        os._exit(status)
-
-
-def together(task: Callable[[], None], *, world_size: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [
-        forked(task, rank=rank, world_size=world_size, port=port) for rank in range(world_size)
-    ]
-    failed = [os.waitpid(child, 0)[1] for child in children]
-    assert not any(failed), failed
+def alone(task: Callable[[], None]) -> None:
+    assert os.waitpid(forked(task), 0)[1] == 0
 
 
 def dying(task: Callable[[], None], *, after: int, torn: bool) -> Callable[[], None]:
@@ -127,10 +97,8 @@ def parts_of_a_killed_pair(model: MLLM, root: Path, work_dir: Path) -> list[str]
     def task() -> None:
         dying(lambda: answer(model, root, work_dir), after=2, torn=True)()
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    for child in [forked(task, rank=rank, world_size=2, port=port) for rank in range(2)]:
+    group = ForkedGroup(2)
+    for child in [group.fork(rank, task) for rank in range(2)]:
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
     names = sorted(path.name for path in (work_dir / "predictions").glob("*.rank*"))
     return [name.split(".")[1] for name in names]
@@ -142,7 +110,7 @@ def main(folder: Path, tokenizers: Path) -> None:
     model = tiny_model(tiny_quickstart(tokenizers, root))
     report: dict = {}
     # Every model runs in a fork: threads that this process had started would be missing there.
-    together(lambda: answer(model, root, folder / "one"), world_size=1)
+    alone(lambda: answer(model, root, folder / "one"))
     report["one"] = outcome(root, folder / "one")
 
     asked = folder / "asked"
@@ -155,12 +123,12 @@ def main(folder: Path, tokenizers: Path) -> None:
         model.vision.register_forward_hook(note)
         answer(model, root, folder / "two")
 
-    together(noted, world_size=2)
+    ForkedGroup(2).run(lambda _: noted())
     report["two"] = outcome(root, folder / "two")
     report["files"] = sorted(path.name for path in (folder / "two" / "predictions").iterdir())
     report["asked"] = [(asked / str(rank)).is_file() for rank in range(2)]
 
-    together(lambda: answer(model, root, folder / "few", limit=1), world_size=3)
+    ForkedGroup(3).run(lambda _: answer(model, root, folder / "few", limit=1))
     report["few"] = outcome(root, folder / "few", limit=1)
 
     moments = [(after, torn) for after in (0, 1, 2) for torn in (False, True)]
@@ -168,11 +136,11 @@ def main(folder: Path, tokenizers: Path) -> None:
         killed(lambda: answer(model, root, folder / "killed"), after=after, torn=torn)
         for after, torn in moments
     )
-    together(lambda: answer(model, root, folder / "killed"), world_size=1)
+    alone(lambda: answer(model, root, folder / "killed"))
     report["killed"] = outcome(root, folder / "killed")
 
     report["left_by_two"] = parts_of_a_killed_pair(model, root, folder / "resumed")
-    together(lambda: answer(model, root, folder / "resumed"), world_size=3)
+    ForkedGroup(3).run(lambda _: answer(model, root, folder / "resumed"))
     report["resumed"] = outcome(root, folder / "resumed")
     (folder / "report.json").write_text(json.dumps(report))
 

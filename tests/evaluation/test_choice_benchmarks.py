@@ -25,7 +25,7 @@ from evaluation.official_files import (
 from covft.checkpoints import build_model
 from covft.config import load_config, stage_configs
 from covft.datasets import InputSpec
-from covft.evaluation import Benchmark, Item, evaluate
+from covft.evaluation import Benchmark, Item
 from covft.evaluation.benchmarks.ai2d import AI2D
 from covft.evaluation.benchmarks.cv_bench import CVBench
 from covft.evaluation.benchmarks.icon_qa import IconQA
@@ -34,6 +34,7 @@ from covft.evaluation.benchmarks.mmvp import MMVP
 from covft.evaluation.benchmarks.real_world_qa import RealWorldQA
 from covft.evaluation.benchmarks.science_qa import ScienceQA
 from covft.evaluation.check_data import check_data
+from covft.evaluation.evaluate import evaluate
 from covft.registry import BENCHMARKS
 
 TWO_THIRDS = pytest.approx(200 / 3)

@@ -8,8 +8,8 @@ from quickstart_miniature import QUESTIONS
 from covft.checkpoints import build_model
 from covft.config import load_config, stage_configs
 from covft.datasets import InputSpec
-from covft.evaluation import Benchmark, EasyVQA, Item, evaluate
-from covft.evaluation.evaluate import answering_order
+from covft.evaluation import Benchmark, EasyVQA, Item
+from covft.evaluation.evaluate import answering_order, evaluate
 from covft.evaluation.predictions import only_writer
 from covft.models import MLLM
 

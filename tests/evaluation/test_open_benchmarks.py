@@ -18,13 +18,13 @@ from evaluation.official_files_open import (
     write_text_vqa,
 )
 
-from covft.evaluation import score_predictions
 from covft.evaluation.benchmark import Benchmark, Item
 from covft.evaluation.benchmarks.gqa import GQA
 from covft.evaluation.benchmarks.mme import MME
 from covft.evaluation.benchmarks.ocr_vqa import OCRVQA
 from covft.evaluation.benchmarks.ok_vqa import OKVQA
 from covft.evaluation.benchmarks.text_vqa import TextVQA
+from covft.evaluation.evaluate import score_predictions
 from covft.evaluation.predictions import PredictionWriter, Record, asked_digests
 from covft.evaluation.vqa_answers import consensus, normalised_answer
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from covft.evaluation import Benchmark, Item, read_predictions, score_predictions
+from covft.evaluation import Benchmark, Item, read_predictions
+from covft.evaluation.evaluate import score_predictions
 from covft.evaluation.predictions import (
     PredictionWriter,
     Record,

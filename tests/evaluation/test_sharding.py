@@ -1,11 +1,10 @@
 """Sharing items among processes; two gloo processes and killed ones give what one gives."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import run_script
 
 from covft.evaluation import Item
 from covft.evaluation.sharding import share
@@ -49,13 +48,7 @@ def test_questions_on_one_image_stay_together() -> None:
 def report(tmp_path_factory, tokenizer_folders) -> dict:
     folder = tmp_path_factory.mktemp("processes")
     script = Path(__file__).with_name("evaluation_server.py")
-    found = subprocess.run(
-        [sys.executable, str(script), str(folder), str(tokenizer_folders)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert found.returncode == 0, found.stdout + found.stderr
+    run_script(script, folder, tokenizer_folders)
     return json.loads((folder / "report.json").read_text())
 
 

@@ -84,7 +84,7 @@ def test_several_images_of_a_sample(tiny_options) -> None:
     model = build(tiny_options).eval()
     spec = InputSpec.of(model)
     dataset = EasyVQADataset(tiny_options["train_dataset.root"], spec=spec)
-    from covft.datasets import load_image
+    from covft.images import load_image
 
     images = [load_image(dataset.image_root / "train" / "images" / f"{i}.png") for i in range(2)]
     turns = [{"from": "human", "value": "<image><image>what shape is in the image?"}]
@@ -123,7 +123,7 @@ def test_generation_of_a_padded_batch_equals_one_by_one(tiny_options, method: st
     model = build(tiny_options, method).double().eval()
     spec = InputSpec.of(model)
     dataset = EasyVQADataset(tiny_options["train_dataset.root"], spec=spec)
-    from covft.datasets import load_image
+    from covft.images import load_image
 
     image = load_image(dataset.image_root / "train" / "images" / "0.png")
     questions = ["is there a red shape?", "is it?", "what color is the shape in this image?"]

@@ -10,12 +10,12 @@ import torch
 from covft.models.checkpointing import saved_bytes
 from covft.perf import comoe
 from covft.perf.comoe import Settings, measure, table
+from covft.perf.malloc import reuse_memory
 from covft.perf.timing import (
     conditions,
     interleaved_medians,
     json_line,
     num_threads,
-    reuse_memory,
 )
 
 TINY = ["--batch", "1", "2", "--rounds", "1", "--dim", "32", "--tokens", "9", "--context-dim", "24"]

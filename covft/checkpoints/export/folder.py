@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +40,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists():
         raise ValueError(f"{out} exists, and nothing is overwritten; name a new folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    # No leading dot: transformers makes a module name of a folder with code.
-    partial = out.with_name(f"{out.name}-partial-{os.getpid()}")
+    # No leading dot: transformers makes a module's name of that of a folder with code. Python keeps
+    # what it has imported, so that each folder needs a name of its own.
+    partial = out.with_name(f"{out.name}-partial-{uuid.uuid4().hex[:8]}")
     partial.mkdir()
     try:
         yield partial

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.atomic import atomic_write_text
 from covft.evaluation.benchmark import Benchmark, Item
 from covft.evaluation.caption_metrics import CaptionScorer, metrics
 from covft.evaluation.records import listed_records

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.atomic import atomic_write_text
 from covft.evaluation.benchmark import Benchmark, Item
 from covft.evaluation.records import keyed_records
 from covft.evaluation.tables import Row, items_of

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from covft.checkpoints.atomic import atomic_write_text
+from covft.atomic import atomic_write_text
 from covft.evaluation.benchmark import Benchmark, Item
 from covft.evaluation.tables import Row, RowError, items_of
 from covft.evaluation.vqa_answers import SHORT_INSTRUCTION
