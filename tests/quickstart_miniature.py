@@ -3,9 +3,13 @@
 import json
 
 import numpy as np
+import torch
 from miniature import ARCH
 from PIL import Image
 from tokenizers_for_tests import bert_tokenizer, byte_level_tokenizer
+
+from covft.checkpoints import build_model
+from covft.config import load_config, stage_configs
 
 QUESTIONS = [
     ("what color is the shape?", "{color}"),
@@ -72,3 +76,13 @@ def tiny_quickstart(tokenizer_folders, easy_vqa_root):
         "stages.pretrain.train_dataloader.batch_size": 2,
         "checkpoint.interval": 2,
     }
+
+
+def noisy_model(options, method="covft"):
+    """Build the quickstart's MLLM with the options; no parameter is at a special value."""
+    torch.manual_seed(0)
+    model = build_model(stage_configs(load_config(f"quickstart_{method}", options))[-1][1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model

@@ -91,9 +91,8 @@ class Options:
         return (False, True) if self.blind else (False,)
 
     def __post_init__(self) -> None:
-        if self.precision is not None and self.precision not in PRECISIONS:
-            hint = nearest(self.precision, PRECISIONS)
-            raise ValueError(f"evaluation.precision '{self.precision}' is unknown; {hint}")
+        if self.precision is not None:
+            check_precision(self.precision, where="evaluation.precision")
 
 
 def chosen_benchmarks(
@@ -168,7 +167,7 @@ def run_benchmarks(
     _check_files(chosen, scored=options.phase != "infer")
     identity = _identity(subject, work_dir, options.ranks)
     if options.phase != "score" and options.precision is not None:
-        _cast(subject.run.model, options.precision)
+        cast_weights(subject.run.model, options.precision)
     failed: list[tuple[str, Exception]] = []
     for one in chosen:
         effort = Effort()
@@ -184,6 +183,27 @@ def run_benchmarks(
             yield one.benchmark.name, entry, effort
     if failed:
         raise ScoringError("\n".join(_failure(*one) for one in failed)) from failed[0][1]
+
+
+def check_precision(name: str, *, where: str) -> None:
+    """Raise a ValueError if a name isn't in :data:`PRECISIONS`; ``where`` is the option."""
+    if name not in PRECISIONS:
+        raise ValueError(f"{where} '{name}' is unknown; {nearest(name, PRECISIONS)}")
+
+
+def cast_weights(model: MLLM, precision: str) -> None:
+    """Cast a model's weights, but not the LLM's constants: rotary frequencies don't survive it.
+
+    Args:
+        model: Changed in place.
+        precision: A name in :data:`PRECISIONS`.
+    """
+    kept = set(model.llm.state_dict())
+    constants = {n: b for n, b in model.llm.named_buffers() if n not in kept}
+    model.to(PRECISIONS[precision])
+    for name, value in constants.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.llm.get_submodule(owner), leaf, value)
 
 
 def answers_complaints(
@@ -245,16 +265,6 @@ def _check_keys(evaluation: Mapping[str, Any]) -> None:
     for key in evaluation:
         if key not in KEYS:
             raise ValueError(f"evaluation.{key} is unknown; {nearest(key, KEYS)}")
-
-
-def _cast(model: MLLM, precision: str) -> None:
-    """Cast a model's weights, but not the LLM's constants: rotary frequencies don't survive it."""
-    kept = set(model.llm.state_dict())
-    constants = {n: b for n, b in model.llm.named_buffers() if n not in kept}
-    model.to(PRECISIONS[precision])
-    for name, value in constants.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.llm.get_submodule(owner), leaf, value)
 
 
 def _built(config: Mapping[str, Any], data_root: Path, limit: int | None) -> Chosen:

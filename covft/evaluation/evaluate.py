@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmengine.logging import print_log
 
@@ -78,44 +79,22 @@ def evaluate(
     work_dir: Path,
     *,
     weights_id: str,
-    identity: Mapping[str, str] | None = None,
-    batch_size: int = 32,
-    blank_images: bool = False,
-    resize: Resizing = None,
-    tag: str = "",
-    feature_cache_bytes: int = DEFAULT_MAX_BYTES,
+    **options: Any,
 ) -> EvaluationResult:
-    """Answer a benchmark's questions with one process (:func:`infer`), and score the answers.
+    """Answer a benchmark's questions with one process, and score the answers.
 
     Args:
-        model: As for :func:`infer`; likewise the others.
-        spec: See there.
-        benchmark: See there.
-        work_dir: See there.
-        weights_id: See there.
-        identity: See there.
-        batch_size: See there.
-        blank_images: See there.
-        resize: See there.
-        tag: See there.
-        feature_cache_bytes: See there.
+        model: As for :func:`infer`.
+        spec: As for :func:`infer`.
+        benchmark: As for :func:`infer`.
+        work_dir: As for :func:`infer`.
+        weights_id: As for :func:`infer`.
+        options: The other arguments of :func:`infer`.
 
     Raises:
         ValueError: As :func:`infer`.
     """
-    path = infer(
-        model,
-        spec,
-        benchmark,
-        work_dir,
-        weights_id=weights_id,
-        identity=identity,
-        batch_size=batch_size,
-        blank_images=blank_images,
-        resize=resize,
-        tag=tag,
-        feature_cache_bytes=feature_cache_bytes,
-    )
+    path = infer(model, spec, benchmark, work_dir, weights_id=weights_id, **options)
     return score_predictions(benchmark, path, expected={"weights": weights_id})
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from covft.checkpoints.run import Run, load_run
 from covft.conversation import IMAGE_TOKEN
 from covft.datasets.prompts import Prompt, generate_answers
+from covft.engine.evaluation import cast_weights, check_precision
 from covft.engine.subject import config_and_checkpoint
 from covft.evaluation.progress import InferenceProgress
 from covft.images import load_image
@@ -36,7 +37,7 @@ except ImportError as error:
         f"pip install lmms-eval==0.7.3 ({error})"
     ) from error
 
-_ARGUMENTS = ("run", "config", "checkpoint", "batch_size", "device")
+_ARGUMENTS = ("run", "config", "checkpoint", "precision", "batch_size", "device")
 #: Of a task that sets no limit, as lmms-eval's LLaVA has it.
 _MAX_NEW_TOKENS = 1024
 #: Options that greedy generation has no use for, and how LLaVA's images become squares: a run's do
@@ -66,6 +67,7 @@ class LMMSEvalModel(lmms):
         config: Instead of a run, a config's name or file.
         checkpoint: The weights that go with ``config``, see
             :func:`covft.engine.subject.config_and_checkpoint`.
+        precision: Of the weights, fp32, bf16 or fp16; None leaves them as they were loaded.
         batch_size: Questions answered at a time (``--batch_size``).
         device: Where the model is put (``--device``); default: a GPU if there is one.
         unknown: None are known.
@@ -81,6 +83,7 @@ class LMMSEvalModel(lmms):
         run: object = None,
         config: object = None,
         checkpoint: object = None,
+        precision: str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         **unknown: object,
@@ -89,7 +92,11 @@ class LMMSEvalModel(lmms):
         for name in unknown:
             raise ValueError(f"covft has no --model_args '{name}'; {nearest(name, _ARGUMENTS)}")
         self.batch_size = _checked_batch_size(batch_size)
+        if precision is not None:
+            check_precision(precision, where="--model_args precision")
         loaded = _loaded(run, config, checkpoint, device=_own_device(device))
+        if precision is not None:
+            cast_weights(loaded.model, precision)
         # As attributes of their own: lmms-eval frees modules among them when all is answered.
         self._model, self._spec, self._resize = loaded.model, loaded.spec, loaded.resize
         self.device = loaded.model.device

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from covft.datasets import InstructDataset, InternVLDataset
+from covft.datasets import InstructDataset, InternVLDataset, MixtureDataset
 from covft.interop.section import Section
 from covft.interop.xtuner_model import INTERNVL_TILES, prompt_template
 
@@ -53,10 +53,10 @@ def convert_datasets(datasets: Sequence[Section], tokens: int | None) -> dict[st
         tokens: What an image takes, if known.
 
     Raises:
-        ValueError: If one data set can't have them all.
+        ValueError: If they make images square in different ways.
     """
-    sources: list[tuple[str, str]] = []
-    options: dict[str, dict[str, Any]] = {}
+    members: dict[str, dict[str, Any]] = {}
+    squares: dict[str, dict[str, Any]] = {}
     for dataset in datasets:
         tiled = "data_paths" in dataset
         names = ("data_paths", "image_folders") if tiled else ("data_path", "image_folder")
@@ -65,31 +65,41 @@ def convert_datasets(datasets: Sequence[Section], tokens: int | None) -> dict[st
             folders *= len(paths)
         if len(paths) != len(folders):
             raise ValueError(f"{dataset.path}: {len(paths)} data paths, {len(folders)} folders")
-        sources += zip(paths, folders, strict=True)
-        found = _tiling(dataset) if tiled else _squares(dataset, tokens)
-        options.setdefault(str(found), found)
-        dataset.finish()
-    if len(options) > 1:
-        raise ValueError(
-            f"the datasets differ in more than their files ({' and '.join(options)}), which one "
-            "InstructDataset can't"
-        )
-    option = next(iter(options.values()))
-    roots = {folder for _, folder in sources}
-    if len(roots) == 1:
-        files = [path for path, _ in sources]
-        annotations = files[0] if len(files) == 1 else files
-        return {
-            "type": InstructDataset,
-            "annotations": annotations,
-            "image_root": roots.pop(),
-            **option,
+        options = _tiling(dataset) if tiled else _squares(dataset, tokens)
+        square: dict[str, Any] = {
+            key: options.pop(key) for key in ("resize", "max_tiles") if key in options
         }
+        squares.setdefault(str(square), square)
+        for path, folder in zip(paths, folders, strict=True):
+            source = {"annotations": path, "image_root": folder}
+            members[f"{len(members)}_{Path(path).stem}"] = {**source, **options}
+        dataset.finish()
+    if len(squares) > 1:
+        raise ValueError(
+            f"the datasets make images square in different ways ({' and '.join(squares)}); a model "
+            "is asked in one way"
+        )
+    return _joined(members, next(iter(squares.values())))
+
+
+def _joined(members: Mapping[str, dict[str, Any]], square: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one data set, as simple as the members allow."""
+    own = {"annotations", "image_root"}
+    rest = [{k: v for k, v in member.items() if k not in own} for member in members.values()]
+    if "weight" in rest[0] or any(options != rest[0] for options in rest):
+        parts = {name: {"type": InstructDataset, **member} for name, member in members.items()}
+        return {"type": MixtureDataset, **square, "datasets": parts}
+    roots = {member["image_root"] for member in members.values()}
+    if len(roots) == 1:
+        files = [member["annotations"] for member in members.values()]
+        annotations = files[0] if len(files) == 1 else files
+        source = {"annotations": annotations, "image_root": roots.pop()}
+        return {"type": InstructDataset, **source, **square, **rest[0]}
     meta = {
-        f"{index}_{Path(path).stem}": {"root": folder, "annotation": path}
-        for index, (path, folder) in enumerate(sources)
+        name: {"root": member["image_root"], "annotation": member["annotations"]}
+        for name, member in members.items()
     }
-    return {"type": InternVLDataset, "meta": meta, **option}
+    return {"type": InternVLDataset, "meta": meta, **square, **rest[0]}
 
 
 def _as_list(value: Any) -> list[str]:
@@ -113,11 +123,12 @@ def _squares(dataset: Section, tokens: int | None) -> dict[str, Any]:
 
 def _tiling(dataset: Section) -> dict[str, Any]:
     dataset.take("model_path", None)
-    dataset.expect(repeat_times=1)
+    repeats = dataset.take("repeat_times", 1)
     return {
         "resize": "tiles",
         "max_tiles": INTERNVL_TILES,
         "max_length": dataset.take("max_length", 8192),
+        **({} if repeats == 1 else {"weight": repeats}),
     }
 
 

@@ -23,6 +23,15 @@ _OPTIMIZERS: dict[str, Any] = {
     "AdamW8bit": "AdamW8bit",
     "PagedAdamW8bit": "PagedAdamW8bit",
 }
+#: What DeepSpeed's options are in xtuner, set from the rest of the config here, too.
+_SET_ELSEWHERE = {
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "exclude_frozen_parameters": True,
+}
 _WRAPPERS = ("AmpOptimWrapper", "OptimWrapper", "DeepSpeedOptimWrapper")
 _BACKENDS = ("TensorboardVisBackend", "WandbVisBackend", "MLflowVisBackend", "LocalVisBackend")
 
@@ -84,8 +93,42 @@ def convert_runtime(config: Section) -> dict[str, Any]:
     for part in ("val", "test"):
         for key in ("dataloader", "cfg", "evaluator"):
             config.drop(f"{part}_{key}", reason)
-    config.drop("strategy", "set by the launcher here: one device, or DDP")
+    strategy = config.section("strategy")
+    if strategy is not None:
+        converted |= _strategy(strategy)
     return converted
+
+
+def _strategy(strategy: Section) -> dict[str, Any]:
+    """Return what names the engine, if it isn't the one that the launcher stands for."""
+    names = ("SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "DeepSpeedStrategy")
+    name = strategy.kind({name: name for name in names})
+    engine: dict[str, Any] = {}
+    if name == "FSDPStrategy":
+        engine = {"type": "fsdp2"}
+    elif name == "DeepSpeedStrategy":
+        engine = _deepspeed(strategy)
+    strategy.finish()
+    return {"strategy": engine} if engine else {}
+
+
+def _deepspeed(strategy: Section) -> dict[str, Any]:
+    zero = strategy.section("zero_optimization") or Section({}, "zero_optimization", [])
+    stage = zero.take("stage", 0)
+    if stage not in (2, 3):
+        where = strategy.where("zero_optimization.stage")
+        raise ValueError(f"{where} = {stage}: stages 2 and 3 have a counterpart here")
+    engine = {"type": f"zero{stage}"}
+    for key in ("offload_optimizer", "offload_param"):
+        offload = zero.section(key)
+        if offload is not None:
+            engine[key] = offload.take("device", "none")
+            offload.finish()
+    zero.finish()
+    for key in ("bf16", "fp16"):
+        strategy.take(key, None)  # the optimizer wrapper's precision says it
+    strategy.expect(**_SET_ELSEWHERE)
+    return engine
 
 
 def _steps(section: Section, key: str, iters: Any, accumulation: int) -> Any:

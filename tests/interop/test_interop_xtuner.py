@@ -16,7 +16,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from xtuner_configs import PRETRAIN, QLORA, write
 
 from covft.config import load_config, stage_configs
-from covft.datasets import InstructDataset, InternVLDataset
+from covft.datasets import InstructDataset, InternVLDataset, MixtureDataset
 from covft.engine import CosineWarmup
 from covft.interop import import_xtuner
 from covft.models import CLIP, MLLM, CausalLM, InternViT, MLPProjector, Phi3, SigLIP, Vicuna
@@ -272,8 +272,35 @@ train_dataloader.update(dataset=dict(type=ConcatDataset, datasets=[llava_dataset
         "0_mix": {"root": "data/images", "annotation": "data/mix.json"},
         "1_b": {"root": "other", "annotation": "data/b.json"},
     }
-    with pytest.raises(ValueError, match="differ in more than their files"):
-        imported(tmp_path, both, "second.update(max_length=10)")
+    data = imported(tmp_path, both, "second.update(max_length=10)").config["train_dataset"]
+    assert data["type"] is MixtureDataset and data["resize"] == "pad"
+    assert data["datasets"]["1_b"] == {
+        "type": InstructDataset,
+        "annotations": "data/b.json",
+        "image_root": "data/images",
+        "max_length": 10 + 576,
+    }
+    with pytest.raises(ValueError, match="square in different ways"):
+        imported(tmp_path, both, "second.update(pad_image_to_square=False)")
+
+
+DEEPSPEED = """
+from xtuner.engine import DeepSpeedStrategy
+strategy = dict(
+    type=DeepSpeedStrategy, gradient_accumulation_steps="auto", gradient_clipping="auto",
+    train_micro_batch_size_per_gpu="auto", bf16=dict(enabled=True), fp16=dict(enabled=False),
+    zero_optimization=dict(stage=3, overlap_comm=True, offload_param=dict(device="cpu")))
+"""
+
+
+def test_engines(tmp_path):
+    found = imported(tmp_path, DEEPSPEED)
+    assert found.config["strategy"] == {"type": "zero3", "offload_param": "cpu"}
+    (note,) = [note for note in found.notes if note.startswith("strategy")]
+    assert note == "strategy.zero_optimization.overlap_comm = True: not carried over"
+    assert "strategy" not in imported(tmp_path, 'strategy = dict(type="DDPStrategy")').config
+    with pytest.raises(ValueError, match=r"zero_optimization\.stage = 1: stages 2 and 3"):
+        imported(tmp_path, DEEPSPEED.replace("stage=3", "stage=1"))
 
 
 def test_internvl2_4b(tmp_path):
@@ -289,6 +316,9 @@ train_dataloader.update(dataset=dict(
     type=InternVL_V1_5_Dataset, model_path=path, data_paths=data_path,
     image_folders=image_folder, template=PROMPT_TEMPLATE.phi3_chat, max_length=8192))
 """
+    repeats = "train_dataloader['dataset'].update(repeat_times=2)"
+    (member,) = imported(tmp_path, internvl, repeats).config["train_dataset"]["datasets"].values()
+    assert member["weight"] == 2
     config = imported(tmp_path, internvl).config
     model = config["model"]
     assert model["vision"]["backbone"]["type"] is InternViT

@@ -179,6 +179,16 @@ def test_answers_are_those_of_the_model(model, tmp_path):
     assert len(set(found)) == 5
 
 
+def test_precision(kind, run):
+    options = {"batch_size": "2", "device": "cpu"}
+    made = kind.create_from_arg_string(f"run={run},precision=bf16", options)
+    assert {p.dtype for p in made._model.parameters()} == {torch.bfloat16}
+    (answer,) = made.generate_until(requests(made, [("what is it?", [picture(1)])]))
+    assert isinstance(answer, str)
+    with pytest.raises(ValueError, match=r"--model_args precision 'half' is unknown"):
+        kind.create_from_arg_string(f"run={run},precision=half", options)
+
+
 def test_the_question_is_the_context(model, monkeypatch):
     read = []
     generate = MLLM.generate

@@ -3,6 +3,7 @@ import shutil
 import pytest
 import torch
 from miniature import ARCH
+from quickstart_miniature import noisy_model
 
 from covft.config import CONFIG_ROOT, load_config, stage_configs
 from covft.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
@@ -15,16 +16,6 @@ MEANS = {"CLIP": 0.481, "SigLIP": 0.5, "DINOv2": 0.485, "DINOv3": 0.485, "Intern
 FAMILIES = ["CLIP", "SigLIP", "DINOv2", "DINOv3", "InternViT"]
 
 
-def build(options, method: str = "covft") -> MLLM:
-    torch.manual_seed(0)
-    cfg = load_config(f"quickstart_{method}", options)
-    model = MODELS.build(stage_configs(cfg)[-1][1].model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
 def make_batch(model: MLLM, options, size: int = 3) -> dict:
     dataset = EasyVQADataset(options["train_dataset.root"], spec=InputSpec.of(model))
     batch = Collator(dataset.spec)([dataset[i] for i in range(size)])
@@ -33,7 +24,7 @@ def make_batch(model: MLLM, options, size: int = 3) -> dict:
 
 
 def test_loss_equals_the_parts_put_together_by_hand(tiny_options) -> None:
-    model = build(tiny_options).double().eval()
+    model = noisy_model(tiny_options).double().eval()
     batch = make_batch(model, tiny_options)
     output = model(**batch)
 
@@ -60,7 +51,7 @@ def test_loss_equals_the_parts_put_together_by_hand(tiny_options) -> None:
 
 
 def test_text_only_samples_leave_the_vision_side_without_gradient(tiny_options) -> None:
-    model = build(tiny_options)
+    model = noisy_model(tiny_options)
     batch = make_batch(model, tiny_options)
     keep = batch["input_ids"] != IMAGE_TOKEN_ID
     rows = [batch["input_ids"][i][keep[i]][:12] for i in range(3)]
@@ -81,7 +72,7 @@ def test_text_only_samples_leave_the_vision_side_without_gradient(tiny_options) 
 
 
 def test_several_images_of_a_sample(tiny_options) -> None:
-    model = build(tiny_options).eval()
+    model = noisy_model(tiny_options).eval()
     spec = InputSpec.of(model)
     dataset = EasyVQADataset(tiny_options["train_dataset.root"], spec=spec)
     from covft.images import load_image
@@ -101,7 +92,7 @@ def turns_without(turns):
 
 
 def test_wrong_counts_name_the_sample(tiny_options) -> None:
-    model = build(tiny_options)
+    model = noisy_model(tiny_options)
     batch = make_batch(model, tiny_options)
     batch["pixel_values"] = batch["pixel_values"][:2]
     batch["image_to_sample"] = batch["image_to_sample"][:2]
@@ -111,7 +102,7 @@ def test_wrong_counts_name_the_sample(tiny_options) -> None:
 
 
 def test_missing_context_is_explained(tiny_options) -> None:
-    model = build(tiny_options)
+    model = noisy_model(tiny_options)
     batch = make_batch(model, tiny_options)
     batch["context_ids"] = None
     with pytest.raises(ValueError, match="CoVFT reads the instruction"):
@@ -120,7 +111,7 @@ def test_missing_context_is_explained(tiny_options) -> None:
 
 @pytest.mark.parametrize("method", ["covft", "freeze"])
 def test_generation_of_a_padded_batch_equals_one_by_one(tiny_options, method: str) -> None:
-    model = build(tiny_options, method).double().eval()
+    model = noisy_model(tiny_options, method).double().eval()
     spec = InputSpec.of(model)
     dataset = EasyVQADataset(tiny_options["train_dataset.root"], spec=spec)
     from covft.images import load_image
@@ -135,7 +126,7 @@ def test_generation_of_a_padded_batch_equals_one_by_one(tiny_options, method: st
 
 
 def test_generation_encodes_once(tiny_options, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(tiny_options).eval()
+    model = noisy_model(tiny_options).eval()
     spec = InputSpec.of(model)
     calls = []
     for part in (model.vision, model.text_encoder):
@@ -149,10 +140,10 @@ def test_generation_encodes_once(tiny_options, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_frozen_parts_stay_in_eval_mode(tiny_options) -> None:
-    model = build(tiny_options).train()
+    model = noisy_model(tiny_options).train()
     assert model.training and model.vision.backbone.training and model.llm.training
     assert not any(module.training for module in model.text_encoder.modules())
-    frozen = build({**tiny_options, "model.llm.freeze": True}, "freeze").train()
+    frozen = noisy_model({**tiny_options, "model.llm.freeze": True}, "freeze").train()
     assert not frozen.llm.model.training and not frozen.vision.backbone.training
     assert frozen.text_encoder is None
 
@@ -164,7 +155,7 @@ def test_one_option_swaps_the_encoder_and_what_depends_on_it(tiny_options, famil
         "model.vision.backbone.arch": {**ARCH, "patch_size": 16 if family == "SigLIP" else 8},
         "model.vision.backbone.type": family,
     }
-    model = build(options)
+    model = noisy_model(options)
     spec = InputSpec.of(model)
     size = 4 * (16 if family == "SigLIP" else 8)
     assert type(model.vision.backbone).__name__ == family

@@ -1,12 +1,11 @@
 import pytest
 import torch
 from PIL import Image
+from quickstart_miniature import noisy_model
 
-from covft.config import load_config, stage_configs
 from covft.conversation import IGNORE_INDEX, IMAGE_TOKEN_ID
 from covft.datasets import BadSample, Collator, InputSpec, InstructDataset
 from covft.models import MLLM
-from covft.registry import MODELS
 
 PHI3 = {"model.llm.type": "Phi3", "model.llm.arch.model_type": "phi3"}
 LLMS = {
@@ -18,16 +17,6 @@ LLMS = {
         "model.llm.arch.sliding_window": 6,
     },
 }
-
-
-def build(options: dict, method: str = "covft") -> MLLM:
-    torch.manual_seed(0)
-    cfg = load_config(f"quickstart_{method}", options)
-    model = MODELS.build(stage_configs(cfg)[-1][1].model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 def make_samples(model: MLLM, folder) -> list:
@@ -74,7 +63,7 @@ def run(model: MLLM, *batches: dict) -> tuple[list[torch.Tensor], int]:
 
 @pytest.mark.parametrize("llm", LLMS.values(), ids=LLMS)
 def test_packed_equals_separate_and_padded(tiny_options, tmp_path, llm: dict) -> None:
-    model = build({**tiny_options, **llm}).double().train()
+    model = noisy_model({**tiny_options, **llm}).double().train()
     samples = make_samples(model, tmp_path)
     separate, count = run(model, *(collate(model, [sample], False) for sample in samples))
     for pack in (False, True):
@@ -88,7 +77,7 @@ def test_packed_equals_separate_and_padded(tiny_options, tmp_path, llm: dict) ->
 
 
 def test_each_image_is_seen_with_its_own_sample_s_instruction(tiny_options, tmp_path) -> None:
-    model = build(tiny_options).double().eval()
+    model = noisy_model(tiny_options).double().eval()
     batch = collate(model, make_samples(model, tmp_path), pack=True)
     assert batch["image_to_sample"].tolist() == [0, 2, 2, 3]
     first = batch["cu_seqlens"][2]
@@ -107,7 +96,7 @@ def test_each_image_is_seen_with_its_own_sample_s_instruction(tiny_options, tmp_
 
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_batch_without_good_samples_has_gradients_of_zero(tiny_options, pack: bool) -> None:
-    model = build(tiny_options).train()
+    model = noisy_model(tiny_options).train()
     batch = collate(model, [BadSample("x", "gone")], pack)
     (loss, *grads), tokens = run(model, batch)
     assert loss == 0 and tokens == 0
@@ -115,7 +104,7 @@ def test_a_batch_without_good_samples_has_gradients_of_zero(tiny_options, pack: 
 
 
 def test_wrong_counts_name_the_sample(tiny_options, tmp_path) -> None:
-    model = build(tiny_options)
+    model = noisy_model(tiny_options)
     batch = collate(model, make_samples(model, tmp_path), pack=True)
     batch["pixel_values"] = batch["pixel_values"][:2]
     batch["image_to_sample"] = batch["image_to_sample"][:2]
@@ -127,7 +116,7 @@ def test_wrong_counts_name_the_sample(tiny_options, tmp_path) -> None:
 
 
 def test_what_isn_t_padded_or_packed_is_explained(tiny_options, tmp_path) -> None:
-    model = build(tiny_options)
+    model = noisy_model(tiny_options)
     samples = make_samples(model, tmp_path)
     padded, packed = (collate(model, samples, pack) for pack in (False, True))
     bounds, length = packed["cu_seqlens"], packed["input_ids"].shape[1]
@@ -152,7 +141,7 @@ def test_what_isn_t_padded_or_packed_is_explained(tiny_options, tmp_path) -> Non
 
 
 def test_placeholders_of_one_sample_can_t_make_up_for_another_s(tiny_options, tmp_path) -> None:
-    model = build(tiny_options)
+    model = noisy_model(tiny_options)
     batch = collate(model, make_samples(model, tmp_path), pack=True)
     batch["cu_seqlens"][1] = (batch["input_ids"][0] == IMAGE_TOKEN_ID).nonzero()[1, 0]
     batch["labels"][0, batch["cu_seqlens"][1]] = IGNORE_INDEX
