@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -40,8 +40,8 @@ from torch.utils.checkpoint import (
 from covft.models.eager import running_eagerly
 from covft.registry import nearest
 
-#: How one block is run: None keeps all activations.
-Mode = Literal["full", "selective"] | None
+#: How one block is run: None keeps all activations, "eager" is "full" without compiled code.
+Mode = Literal["full", "selective", "eager"] | None
 #: What a config may say; a mapping is ``dict(budget_gb=...)``.
 Setting = bool | str | float | Mapping[str, float]
 
@@ -69,6 +69,11 @@ def _kept_or_recomputed(context: Any, op: Any, *args: Any, **kwargs: Any) -> Che
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _also_eagerly() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return what surrounds the first run of a function that runs eagerly, and the second."""
+    return nullcontext(), running_eagerly()
+
+
 #: Run a function under a mode, called as ``RUN[mode](function, *args)``: shared objects, so that
 #: compiled blocks with the same mode share their code.
 RUN: dict[Mode, Callable[..., Any]] = {
@@ -78,6 +83,7 @@ RUN: dict[Mode, Callable[..., Any]] = {
         use_reentrant=False,
         context_fn=partial(create_selective_checkpoint_contexts, _kept_or_recomputed),
     ),
+    "eager": partial(checkpoint, use_reentrant=False, context_fn=_also_eagerly),
 }
 
 
@@ -140,7 +146,7 @@ class CheckpointingPolicy:
         if isinstance(self.setting, Mapping):
             if self._per_token is None and x.numel() > 0:
                 with _measured(blocks, tokens=_tokens(x)) as measured:
-                    yield ["full"] * len(blocks)
+                    yield ["eager"] * len(blocks)
                 # A forward that skipped blocks tells nothing of those.
                 if len(measured) == len(blocks):
                     self._per_token = [measured[index] for index in range(len(blocks))]

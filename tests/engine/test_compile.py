@@ -10,6 +10,7 @@ from covft.conversation import IMAGE_TOKEN_ID
 from covft.datasets import Collator, EasyVQADataset, InputSpec
 from covft.engine.compile import compile_blocks
 from covft.models import MLLM
+from covft.models.checkpointing import CheckpointingPolicy
 from covft.registry import MODELS
 
 EAGER_BACKEND = {"backend": "aot_eager", "fullgraph": True}
@@ -134,6 +135,36 @@ def test_budgets_measure_compiled_blocks(tiny_options) -> None:
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-11, msg=name)
     assert [layer.gradient_checkpointing for layer in model.llm.layers] == [False] * 2
+
+
+class LayerOfOldTransformers(nn.Module):
+    """A layer that recomputes outside of what is compiled, as before transformers 5.23."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gradient_checkpointing = False
+        self.inner = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(super().__call__, x)
+        return super().__call__(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+def test_budgets_are_measured_with_uncompiled_blocks_in_both_passes() -> None:
+    layers = [LayerOfOldTransformers() for _ in range(2)]
+    for layer in layers:
+        layer.compile(**EAGER_BACKEND)
+    policy = CheckpointingPolicy({"budget_gb": 1}, where="checkpointing")
+    for measured in (True, False):
+        x = torch.randn(3, 4)
+        with policy.applied_to_transformers(layers, x):
+            y = layers[1](layers[0](x))
+        y.sum().backward()
+        assert (counters["stats"]["unique_graphs"] == 0) == measured
 
 
 def test_nothing_is_compiled_unless_asked_for(tiny_options) -> None:
