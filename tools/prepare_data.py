@@ -97,7 +97,7 @@ def _configs(names: list) -> dict:
 
 
 def _built(config: dict, data_root: Path) -> object:
-    from covft.engine.evaluation import chosen_benchmarks
+    from covft.evaluation.chosen import chosen_benchmarks
 
     (chosen,) = chosen_benchmarks({}, named=[config], data_root=str(data_root))
     return chosen.benchmark

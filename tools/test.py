@@ -114,8 +114,15 @@ def main() -> None:
     """Run the command line."""
     args = parse_args()
     check_args(args)
+    from covft.evaluation.benchmarks import named_benchmarks
+    from covft.evaluation.chosen import chosen_benchmarks
+
+    named = named_benchmarks(args.benchmarks) if args.benchmarks else None
+    where = {"data_root": args.data_root, "limit": args.limit}
+    if args.check_data and args.target is None:
+        sys.exit(_report_data({}, named, where))
     from covft.engine import setup_distributed
-    from covft.engine.evaluation import ScoringError, chosen_benchmarks, process_ranks
+    from covft.engine.evaluation import ScoringError, process_ranks
     from covft.engine.results import (
         RESULTS_NAME,
         evaluate_subject,
@@ -123,7 +130,6 @@ def main() -> None:
         print_results,
     )
     from covft.engine.subject import config_and_checkpoint, finished_run
-    from covft.evaluation.benchmarks import named_benchmarks
 
     options = args.cfg_options or {}
     subject = None
@@ -135,8 +141,6 @@ def main() -> None:
     if subject is not None:
         subject.config.merge_from_dict(options)
         evaluation = subject.config.get("evaluation") or {}
-    named = named_benchmarks(args.benchmarks) if args.benchmarks else None
-    where = {"data_root": args.data_root, "limit": args.limit}
     if args.check_data:
         sys.exit(_report_data(evaluation, named, where))
     chosen = chosen_benchmarks(evaluation, named=named, **where)
@@ -168,8 +172,8 @@ def main() -> None:
 
 def _report_data(evaluation: dict, named: list | None, where: dict) -> int:
     """Print what is there of each benchmark; return the exit status."""
-    from covft.engine.evaluation import benchmark_configs, chosen_benchmarks
     from covft.evaluation.check_data import DataReport, check_data
+    from covft.evaluation.chosen import benchmark_configs, chosen_benchmarks
 
     status = 0
     for config in benchmark_configs(evaluation) if named is None else named:

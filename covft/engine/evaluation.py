@@ -1,9 +1,8 @@
-"""Evaluating a model on benchmarks: which ones, the phases, several processes."""
+"""Evaluating a model on benchmarks: the phases, several processes."""
 
 from __future__ import annotations
 
 import datetime
-import inspect
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import covft
 from covft.checkpoints.run import Run
 from covft.engine.subject import Subject
 from covft.evaluation import Benchmark, Ranks
+from covft.evaluation.chosen import Chosen, check_files
 from covft.evaluation.evaluate import (
     Effort,
     EvaluationResult,
@@ -31,20 +31,9 @@ from covft.evaluation.evaluate import (
 from covft.evaluation.predictions import abridged, asked_digests, load
 from covft.models.mllm import MLLM
 from covft.models.vision.feature_cache import DEFAULT_MAX_BYTES
-from covft.registry import BENCHMARKS, nearest
+from covft.registry import nearest
 
 Phase = Literal["infer", "score", "all"]
-#: What a config's ``evaluation`` holds.
-KEYS = {
-    "benchmark",
-    "benchmarks",
-    "data_root",
-    "blind",
-    "batch_size",
-    "precision",
-    "feature_cache_bytes",
-    "compare_with",
-}
 #: Types that weights are cast to; CoVFT's and LLaVA's public evaluation is in fp16.
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: How many items that couldn't be asked, or had empty answers, a result lists.
@@ -53,14 +42,6 @@ _NUM_LISTED = 20
 
 class ScoringError(ValueError):
     """Some benchmarks' answers couldn't be scored; the others' results are there."""
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A benchmark, and the config that it was built from."""
-
-    config: Mapping[str, Any]
-    benchmark: Benchmark
 
 
 @dataclass(frozen=True)
@@ -95,53 +76,6 @@ class Options:
             check_precision(self.precision, where="evaluation.precision")
 
 
-def chosen_benchmarks(
-    evaluation: Mapping[str, Any],
-    *,
-    named: Sequence[Mapping[str, Any]] | None = None,
-    data_root: str | None = None,
-    limit: int | None = None,
-) -> list[Chosen]:
-    """Build benchmarks.
-
-    Args:
-        evaluation: A config's ``evaluation``; see :data:`KEYS`. ``benchmark`` is one benchmark's
-            config, ``benchmarks`` a list of them, ``data_root`` the folder that holds theirs.
-        named: Configs of benchmarks instead of those of ``evaluation``.
-        data_root: Instead of ``evaluation``'s; by default "data".
-        limit: Instead of each benchmark's own.
-
-    Raises:
-        ValueError: If ``evaluation`` has an unknown key or no benchmark, or one can't be built.
-    """
-    _check_keys(evaluation)
-    configs = benchmark_configs(evaluation) if named is None else named
-    root = Path(data_root or evaluation.get("data_root") or "data").expanduser()
-    chosen = [_built(config, root, limit) for config in configs]
-    names = [one.benchmark.name for one in chosen]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"benchmark '{twice}' is asked for twice; its answers are kept by name")
-    return chosen
-
-
-def benchmark_configs(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the configs of the benchmarks that a config's ``evaluation`` names.
-
-    Raises:
-        ValueError: If it has an unknown key or no benchmark.
-    """
-    _check_keys(evaluation)
-    own = [evaluation["benchmark"]] if "benchmark" in evaluation else []
-    configs = [*own, *evaluation.get("benchmarks", [])]
-    if not configs:
-        raise ValueError(
-            "the config has no evaluation.benchmark or evaluation.benchmarks; set one, or name "
-            "benchmarks on the command line (--benchmarks all)"
-        )
-    return configs
-
-
 def run_benchmarks(
     subject: Subject, chosen: Sequence[Chosen], work_dir: Path, options: Options
 ) -> Iterator[tuple[str, dict[str, Any], Effort]]:
@@ -164,7 +98,7 @@ def run_benchmarks(
         ValueError: If files of a benchmark are missing, or, where only scores are asked for,
             answers are missing or belong to something else.
     """
-    _check_files(chosen, scored=options.phase != "infer")
+    check_files(chosen, scored=options.phase != "infer")
     identity = _identity(subject, work_dir, options.ranks)
     if options.phase != "score" and options.precision is not None:
         cast_weights(subject.run.model, options.precision)
@@ -259,48 +193,6 @@ def process_ranks() -> Ranks:
         return Ranks()
     group = distributed.new_group(backend="gloo", timeout=datetime.timedelta(days=14))
     return Ranks(get_rank(), get_world_size(), lambda: distributed.barrier(group))
-
-
-def _check_keys(evaluation: Mapping[str, Any]) -> None:
-    for key in evaluation:
-        if key not in KEYS:
-            raise ValueError(f"evaluation.{key} is unknown; {nearest(key, KEYS)}")
-
-
-def _built(config: Mapping[str, Any], data_root: Path, limit: int | None) -> Chosen:
-    config = dict(config)
-    kind = BENCHMARKS.get(config["type"]) if isinstance(config.get("type"), str) else None
-    kind = kind or config.get("type")
-    if "root" not in config and isinstance(kind, type) and issubclass(kind, Benchmark):
-        folder = data_root / kind.folder
-        required = inspect.signature(kind).parameters["root"].default is inspect.Parameter.empty
-        if required or folder.is_dir():
-            config["root"] = str(folder.resolve())
-    if limit is not None:
-        config["limit"] = limit
-    benchmark: Benchmark = BENCHMARKS.build(config)
-    return Chosen({**config, "type": _type_name(type(benchmark))}, benchmark)
-
-
-def _type_name(kind: type[Benchmark]) -> str:
-    """Return by what a later process finds a benchmark's class: users' own by their module."""
-    if kind.__module__.startswith("covft."):
-        return kind.__name__
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
-def _check_files(chosen: Sequence[Chosen], *, scored: bool) -> None:
-    errors = []
-    for one in chosen:
-        try:
-            if scored:
-                one.benchmark.check_requirements()
-            if not one.benchmark.items():
-                errors.append(f"{one.benchmark.name}: its files hold no items")
-        except (ValueError, OSError, ImportError) as error:
-            errors.append(f"{one.benchmark.name}: {error}")
-    if errors:
-        raise ValueError("\n".join(errors))
 
 
 def _identity(subject: Subject, work_dir: Path, ranks: Ranks) -> dict[str, str]:

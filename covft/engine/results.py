@@ -17,10 +17,8 @@ from torch import nn
 from covft.atomic import atomic_write_text, set_aside
 from covft.checkpoints.run import Run
 from covft.engine.evaluation import (
-    Chosen,
     Options,
     ScoringError,
-    chosen_benchmarks,
     complaints,
     provenance,
     run_benchmarks,
@@ -28,6 +26,7 @@ from covft.engine.evaluation import (
 from covft.engine.result_tables import comparison_table
 from covft.engine.subject import Subject
 from covft.evaluation.benchmarks import TWELVE
+from covft.evaluation.chosen import Chosen, chosen_benchmarks
 from covft.evaluation.evaluate import Effort
 from covft.evaluation.report import RESULTS_NAME, markdown_report
 from covft.models.vision.feature_cache import DEFAULT_MAX_BYTES

@@ -7,11 +7,11 @@ import pytest
 from evaluation.official_files import write_json
 from evaluation.official_files_open import write_coco_captions, write_flickr30k
 
-from covft.engine.evaluation import Chosen, _check_files
 from covft.evaluation import caption_metrics
 from covft.evaluation.benchmarks.captions import COCOCaptions, Flickr30k, KarpathyCaptions
 from covft.evaluation.caption_metrics import PTB, REGEX, CaptionScorer, ptb_words, regex_words
 from covft.evaluation.check_data import check_data
+from covft.evaluation.chosen import Chosen, check_files
 from covft.evaluation.gallery import Answers, write_gallery
 
 JAVA = shutil.which("java")
@@ -118,8 +118,8 @@ def test_a_missing_library_is_noticed_before_inference(
     benchmark = Flickr30k(root=str(tmp_path))
     assert "needs pycocoevalcap" in str(check_data(benchmark))
     with pytest.raises(ValueError, match="flickr30k: scoring captions needs pycocoevalcap"):
-        _check_files([Chosen({}, benchmark)], scored=True)
-    _check_files([Chosen({}, benchmark)], scored=False)  # answers can be scored elsewhere
+        check_files([Chosen({}, benchmark)], scored=True)
+    check_files([Chosen({}, benchmark)], scored=False)  # answers can be scored elsewhere
 
 
 def test_a_gallery_of_captions_has_the_lowest_scores_first(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from untrained_run import untrained_run
 from covft.checkpoints import build_model
 from covft.checkpoints.trainable import save_weights
 from covft.config import CONFIG_ROOT, load_config, stage_configs
-from covft.engine.evaluation import Options, chosen_benchmarks
+from covft.engine.evaluation import Options
 from covft.engine.results import evaluate_run, evaluate_subject
 from covft.engine.subject import finished_run
 from covft.evaluation import EasyVQA
 from covft.evaluation.benchmarks import DOWNSTREAM, TWELVE, named_benchmarks
+from covft.evaluation.chosen import chosen_benchmarks
 from covft.evaluation.evaluate import Effort
 from covft.models import MLLM
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("module", ["measured", "report", "prepare", "check_data"])
+@pytest.mark.parametrize("module", ["measured", "report", "prepare", "check_data", "chosen"])
 def test_reports_and_checks_of_data_import_no_torch(module: str) -> None:
     script = f"import sys, covft.evaluation.{module}; print('torch' in sys.modules)"
     done = subprocess.run(
