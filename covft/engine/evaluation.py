@@ -52,7 +52,7 @@ class Options:
         phase: Answer the questions ("infer"), score the answers ("score"), or both ("all").
         batch_size: Questions answered at a time.
         precision: A name in :data:`PRECISIONS`; None leaves the weights as they were loaded.
-        feature_cache_bytes: See :func:`covft.evaluation.infer`.
+        feature_cache_bytes: See :func:`covft.evaluation.evaluate.infer`.
         blind: Whether to ask about grey images, too.
         tag: Put behind the names of the files of answers.
         ranks: This process among those that share the work.

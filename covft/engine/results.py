@@ -55,7 +55,7 @@ def evaluate_run(
 
     ``evaluation`` holds ``benchmark`` or ``benchmarks`` (a benchmark's config, or a list of them),
     ``data_root`` (the folder that holds theirs), ``blind`` (whether to score grey images too),
-    ``batch_size`` and ``feature_cache_bytes`` (see :func:`covft.evaluation.infer`), ``precision``
+    ``batch_size`` and ``feature_cache_bytes`` (see :mod:`covft.evaluation.evaluate`), ``precision``
     ("fp32", "bf16" or "fp16"; by default weights stay as they were loaded), and ``compare_with``:
     names of runs beside this one whose measured results are printed with it if they are there.
 
