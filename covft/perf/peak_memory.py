@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ def peak_memory(run: Callable[[], object], *, device: torch.device) -> PeakMemor
         run: The function; what it returns is freed before the end.
         device: Whose memory is meant.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it writes of each start and end to stderr
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
