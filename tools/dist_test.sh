@@ -10,10 +10,4 @@ fi
 gpus=$1
 shift 1
 
-nodes=(--standalone) # meets at a free port: jobs may share a node
-if [ "${NNODES:-1}" -gt 1 ] || [ -n "${MASTER_PORT:-}" ]; then
-    nodes=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}"
-        --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}")
-fi
-exec "${PYTHON:-python}" -m torch.distributed.run "${nodes[@]}" --nproc_per_node="$gpus" \
-    "$(dirname "$0")/test.py" "$@" --launcher pytorch
+exec bash "$(dirname "$0")/torchrun.sh" "$gpus" test.py "$@" --launcher pytorch

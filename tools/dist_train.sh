@@ -12,10 +12,4 @@ config=$1
 gpus=$2
 shift 2
 
-nodes=(--standalone) # meets at a free port: jobs may share a node
-if [ "${NNODES:-1}" -gt 1 ] || [ -n "${MASTER_PORT:-}" ]; then
-    nodes=(--nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}"
-        --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}")
-fi
-exec "${PYTHON:-python}" -m torch.distributed.run "${nodes[@]}" --nproc_per_node="$gpus" \
-    "$(dirname "$0")/train.py" "$config" --launcher pytorch "$@"
+exec bash "$(dirname "$0")/torchrun.sh" "$gpus" train.py "$config" --launcher pytorch "$@"

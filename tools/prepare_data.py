@@ -75,7 +75,7 @@ def _check(args: argparse.Namespace) -> int:
             report = check_data(benchmark)
         except (ValueError, ImportError) as error:
             report = DataReport(name, error=str(error))
-        print(f"{'ok     ' if report.is_complete else 'MISSING'} {report}")
+        print(report.line())
         status = status or int(not report.is_complete)
         if args.open_images and report.error is None:
             broken = broken_images(benchmark)

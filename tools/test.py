@@ -182,7 +182,7 @@ def _report_data(evaluation: dict, named: list | None, where: dict) -> int:
             report = check_data(one.benchmark)
         except (ValueError, ImportError) as error:
             report = DataReport(str(config["type"]), error=str(error))
-        print(f"{'ok     ' if report.is_complete else 'MISSING'} {report}")
+        print(report.line())
         status = status or int(not report.is_complete)
     return status
 

@@ -43,6 +43,10 @@ class DataReport:
         """Whether there are more or fewer items than there should be."""
         return self.num_official not in (None, self.num_items)
 
+    def line(self) -> str:
+        """Return the report behind a word that says whether all is well."""
+        return f"{'ok     ' if self.is_complete else 'MISSING'} {self}"
+
     def __str__(self) -> str:
         if self.error is not None:
             return f"{self.name}: {self.error}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from covft.models.checkpointing import Setting, saved_bytes
 from covft.models.llm import CausalLM
 from covft.models.vision.vit import ViT, ViTConfig
+from covft.perf.arguments import add_conditions, settings_of
 from covft.perf.peak_memory import peak_memory
 from covft.perf.timing import check_device, conditions, interleaved_medians, num_threads
 
@@ -64,14 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=default.images)
     parser.add_argument("--tokens", type=int, default=default.tokens, help="of the LLM's row")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="timings of each policy")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=default.dtype)
-    parser.add_argument("--threads", type=int, default=default.threads)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default.device)
+    add_conditions(parser, dtype=default.dtype, threads=default.threads, device=default.device)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; see :func:`measure`."""
-    return measure(Settings(**{name: getattr(args, name) for name in asdict(Settings())}))
+    return measure(settings_of(Settings, args))
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from covft.models.checkpointing import saved_bytes
 from covft.models.text_encoder import Context
 from covft.models.vision.vit import MLP, ViTConfig, activation
+from covft.perf.arguments import add_conditions, settings_of
 from covft.perf.timing import check_device, conditions, interleaved_medians, num_threads
 from covft.vft.comoe import CoMoE, InferenceRouting
 
@@ -64,15 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens of an image")
     parser.add_argument("--experts", type=int, default=default.experts)
     parser.add_argument("--context-dim", type=int, default=default.context_dim)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=default.dtype)
-    parser.add_argument("--threads", type=int, default=default.threads)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default.device)
+    add_conditions(parser, dtype=default.dtype, threads=default.threads, device=default.device)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; see :func:`measure`."""
-    fields = {name: getattr(args, name) for name in asdict(Settings())}
-    return measure(Settings(**{**fields, "batch": tuple(args.batch)}))
+    return measure(replace(settings_of(Settings, args), batch=tuple(args.batch)))
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +36,7 @@ from covft.datasets.spec import InputSpec
 from covft.datasets.transforms import transform
 from covft.images import load_image
 from covft.models.vision.image_spec import CLIP_MEAN, CLIP_STD, ImageSpec
+from covft.perf.arguments import settings_of
 from covft.perf.timing import conditions, interleaved_medians, num_threads
 
 _WORDS = ("the", "picture", "shows", "a", "person", "in", "front", "of", "two", "red", "buildings")
@@ -92,8 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; see :func:`measure`."""
-    fields = {name: getattr(args, name) for name in asdict(Settings())}
-    return measure(Settings(**{**fields, "start_methods": tuple(args.start_methods)}))
+    settings = settings_of(Settings, args)
+    return measure(replace(settings, start_methods=tuple(args.start_methods)))
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from covft.evaluation.benchmark import Benchmark, Item
 from covft.evaluation.evaluate import answering_order, evaluate
 from covft.evaluation.loading import BatchLoader
 from covft.models.mllm import MLLM
+from covft.perf.arguments import settings_of
 from covft.perf.timing import conditions, interleaved_medians, num_threads
 
 
@@ -97,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; see :func:`measure`."""
-    return measure(Settings(**{name: getattr(args, name) for name in asdict(Settings())}))
+    return measure(settings_of(Settings, args))
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from covft.datasets.collate import Collator
 from covft.engine.flops import FlopModel, Work
 from covft.models.mllm import MLLM
 from covft.models.text_encoder import Context
+from covft.perf.arguments import add_conditions
 from covft.perf.contenders import Contenders, method_configs
 from covft.perf.synthetic import SampleShape, SyntheticDataset, shrunk
 from covft.perf.timing import check_device, conditions, interleaved_medians, num_threads
@@ -38,10 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--instruction", type=int, default=20, help="of them, the text encoder's")
     parser.add_argument("--new-tokens", type=int, default=33, help="of the longer answers")
     parser.add_argument("--top-k", type=int, nargs="*", default=[2, 1], help="experts kept")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    add_conditions(parser, dtype="bfloat16", threads=torch.get_num_threads(), device="cuda")
     parser.add_argument("--shrink", action="store_true", help="a tiny model")
 
 

@@ -27,6 +27,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from covft.conversation import IGNORE_INDEX
 from covft.models.lm_loss import as_output_layer, supervised_loss
+from covft.perf.arguments import add_conditions, settings_of
 from covft.perf.peak_memory import peak_memory
 from covft.perf.timing import conditions, interleaved_medians, num_threads
 
@@ -69,15 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=int, default=default.vocabulary, help="words")
     parser.add_argument("--freeze", action="store_true", help="don't train the output layer")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="timings of each way")
-    parser.add_argument("--dtype", default=default.dtype, choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=default.threads)
-    parser.add_argument("--device", default=default.device, choices=["cpu", "cuda"])
+    add_conditions(parser, dtype=default.dtype, threads=default.threads, device=default.device)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure with the command line's options."""
-    names = Settings.__dataclass_fields__
-    return measure(Settings(**{name: getattr(args, name) for name in names}))
+    return measure(settings_of(Settings, args))
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from covft.engine.bf16_adamw import BF16AdamW
+from covft.perf.arguments import add_conditions, settings_of
 from covft.perf.timing import check_device, conditions, interleaved_medians, num_threads
 
 _STD = 0.02
@@ -62,13 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=default.lr, help="learning rate")
     parser.add_argument("--rounds", type=int, default=default.rounds, help="timings of each step")
     parser.add_argument("--compile", action="store_true", help="with compiled kernels, too")
-    parser.add_argument("--threads", type=int, default=default.threads)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=default.device)
+    add_conditions(parser, threads=default.threads, device=default.device)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the command line asks for; see :func:`measure`."""
-    return measure(Settings(**{name: getattr(args, name) for name in asdict(Settings())}))
+    return measure(settings_of(Settings, args))
 
 
 def measure(settings: Settings) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from covft.datasets.packing import CostModel
 from covft.datasets.sampler import Group, StepBatchSampler
 from covft.engine.flops import cost_model
 from covft.models.abstract import abstract_model
+from covft.perf.arguments import settings_of
 from covft.perf.synthetic import MEAN_TEXT_TOKENS, TEXT_ONLY_SHARE, TEXT_SPREAD, draw_shapes
 from covft.perf.timing import conditions
 
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Simulate what the command line asks for; see :func:`measure`."""
-    return measure(Settings(**{name: getattr(args, name) for name in asdict(Settings())}))
+    return measure(settings_of(Settings, args))
 
 
 def measure(settings: Settings) -> dict[str, Any]:

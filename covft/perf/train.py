@@ -28,6 +28,7 @@ from covft.engine.compile import compile_blocks
 from covft.engine.flops import FlopModel, Work, peak_tflops
 from covft.engine.runner import Runner
 from covft.models.mllm import MLLM
+from covft.perf.arguments import add_conditions
 from covft.perf.contenders import Contenders, method_configs
 from covft.perf.step_timer import StepTimer, TimedOptimWrapper
 from covft.perf.synthetic import draw_shapes, shrunk, synthetic_loader
@@ -65,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE")
     parser.add_argument("--peak-tflops", type=float, help="of the device, instead of the table's")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_conditions(parser, threads=torch.get_num_threads(), device="cuda")
     parser.add_argument(
         "--shrink", action="store_true", help="a tiny model: the same path, in seconds on a CPU"
     )

@@ -20,6 +20,7 @@ from covft.engine.flops.vision import tower_flops
 from covft.models.checkpointing import saved_bytes
 from covft.models.text_encoder import Context
 from covft.models.vision.tower import VisionTower
+from covft.perf.arguments import add_conditions
 from covft.perf.contenders import method_configs, random_tower
 from covft.perf.synthetic import TINY_VISION
 from covft.perf.timing import check_device, conditions, interleaved_medians, num_threads
@@ -45,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--text-tokens", type=int, default=64, help="of each image's instruction")
     parser.add_argument("--context-dim", type=int, default=768)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    add_conditions(parser, dtype="float32", threads=torch.get_num_threads(), device="cpu")
     parser.add_argument("--shrink", action="store_true", help="narrow encoders of small images")
 
 
