@@ -52,7 +52,7 @@ def test_annotations_are_opened_faster_again_and_travel_light(result):
 
 def test_memory_of_ones_own_is_seen():
     before = data.process_memory()
-    held = np.ones(1 << 23)
+    held = np.ones(1 << 26)  # the kernel may take some MB of idle pages back meanwhile
     after = data.process_memory()
     for kind in ("uss", "rss"):
         assert after[kind] - before[kind] > 0.9 * held.nbytes
